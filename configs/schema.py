@@ -1,0 +1,188 @@
+"""The typed tree of a run: every key, its default, its bounds, its unit. Imports nothing heavy.
+
+A value exists once, and a component takes its own section. Read a file with `configs.loader`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run directory is DIR/NAME."""
+    dir: str = "runs"
+    """Where run directories are made. On a cluster, a folder all nodes share."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Order of prompts and every sampling stream derive from it."""
+    steps: int = Field(100, ge=0)
+    """Optimiser batches to train; 0 evaluates the starting model only."""
+    checkpoint_every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0 keeps only the one at the end or at an interruption."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Older ones are deleted."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty: not used. Offline where there is no key or network."""
+
+
+class ModelConfig(Section):
+    path: str = Field(min_length=1)
+    """A Hugging Face folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, or a name on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on GPUs, float32 on CPUs. Engines and learner share it."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+
+class DataConfig(Section):
+    format: Literal["omnimedvqa", "med_r1", "jsonl", "huggingface"] = "omnimedvqa"
+    train: str = Field(min_length=1)
+    """Folder or file of training prompts."""
+    test: str = ""
+    """Held-out prompts; empty: no evaluation."""
+    images: str = ""
+    """Folder the image paths are relative to; empty: the folder of `train` (of the data set)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For jsonl and huggingface: our field name -> your column name."""
+    modalities: tuple[str, ...] = ()
+    """Keep only prompts of these modalities when training; empty: all."""
+    question_types: tuple[str, ...] = ()
+    """Keep only prompts of these question types when training; empty: all."""
+    mode: Literal["think-before", "no-think", "think-after"] = "no-think"
+    """How the model is asked to answer: template, format rule and answer extraction."""
+    max_pixels: int = Field(401_408, ge=28 * 28)
+    """Larger images are scaled down to this many pixels, for engine and learner alike."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does at start-up: stop, or leave its prompts out and count them."""
+
+
+class RolloutConfig(Section):
+    prompts: int = Field(8, ge=1)
+    """P: prompts (groups) a step."""
+    completions: int = Field(8, ge=2)
+    """G: completions a prompt; at least 2, since one has no group to be compared with."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest completion, in tokens."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    top_k: int = Field(0, ge=0)
+    """0: off."""
+    staleness: int = Field(0, ge=0)
+    """Most updates a completion may be behind the learner; 0 is on-policy."""
+    max_model_len: int = Field(2048, ge=16)
+    """Longest prompt plus completion, in tokens. A longer prompt is refused, never cut."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.85
+    """Share of a GPU an engine may fill (placement.colocate: about 0.5)."""
+    cpu_cache_gib: int = Field(1, ge=1)
+    """Key-value cache of an engine on the CPU, GiB."""
+    timeout_s: Positive = 600.0
+    """A group not finished by then is an engine failure."""
+
+
+class RewardTerm(Section):
+    use: str = Field(min_length=1)
+    """`format`, `accuracy`, or an import path `my_lab.rewards:lesion_iou`."""
+    weight: Finite = 1.0
+
+
+class RewardConfig(Section):
+    terms: tuple[RewardTerm, ...] = Field(
+        default=(RewardTerm(use="format"), RewardTerm(use="accuracy")), min_length=1
+    )
+    processes: int = Field(2, ge=1)
+    """Size of the pool of killable processes."""
+    timeout_s: Positive = 5.0
+    """Longest a reward may take on one completion."""
+    max_failed_fraction: Fraction = 0.1
+    """More failed completions than this in one step stop the run."""
+
+
+class LearnerConfig(Section):
+    learning_rate: Positive = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay to 0 at run.steps, after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_gradient_norm: Positive = 1.0
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimiser steps a batch: it is split into that many equal parts."""
+    zero_stage: int = Field(3, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    tokens_per_micro_batch: int = Field(16_384, ge=1)
+    """Most tokens (padding included) of one forward pass on a rank; a group is never split."""
+    advantage: Literal["standardized", "centered", "leave_one_out"] = "standardized"
+    """GRPO's (r - mean) / std, Dr. GRPO's r - mean, or RLOO's."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio a token (GRPO) or a completion (GSPO)."""
+    clip_low: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    clip_high: Positive = 0.2
+    aggregation: Literal["completion_mean", "token_mean", "constant"] = "completion_mean"
+    """Mean over a completion's tokens and then over completions (GRPO); over all tokens of the
+    batch (DAPO); or the sum over rollout.max_tokens (Dr. GRPO)."""
+    kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of KL to the starting model (k3 estimate); 0 loads no reference."""
+    importance_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Truncation of the sampler-to-learner importance weight; 0: off. Needed for staleness > 0."""
+
+
+class PlacementConfig(Section):
+    engines: int = Field(1, ge=1)
+    gpus_per_engine: int = Field(1, ge=1)
+    """Tensor-parallel size of an engine; on CPUs ignored."""
+    learners: int = Field(1, ge=1)
+    """W: ZeRO ranks."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: gpu where the cluster has any."""
+    cpus_per_process: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """CPU cores reserved for each engine and rank, in Ray's count."""
+    transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel. auto: gloo for CPU engines, ipc when colocated, nccl otherwise."""
+    colocate: bool = False
+    """Engines and ranks take turns on the same GPUs; engines sleep while the learner works."""
+    address: str = ""
+    """Ray cluster: empty starts a local one (inside a Ray job: joins it), else its address."""
+    deadline_s: Positive = 300.0
+    """Longest wait for the cluster's resources."""
+    start_timeout_s: Positive = 600.0
+    """Longest wait for engines and ranks to load."""
+    sync_timeout_s: Positive = 300.0
+    """Longest wait for any one phase of a sync."""
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: before the first and after the last step only."""
+    max_prompts: int = Field(0, ge=0)
+    """Evaluate on the first so many held-out prompts; 0: all."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    learner: LearnerConfig = LearnerConfig()
+    placement: PlacementConfig = PlacementConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
