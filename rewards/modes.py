@@ -1,0 +1,117 @@
+"""The modes: how a model is asked to answer. A mode's words, its form and the way its answer is
+read lie together here, so that they cannot drift apart. Adding one is one more object in `MODES`.
+
+The three are Med-R1's: think-before, no-think, think-after. The words are kept short, since every
+prompt pays for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medrl.actors.types import LETTERS, Prompt
+from medrl.configs.errors import UserError
+from medrl.rewards.tags import Tag, find_tags
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was read from a completion."""
+
+    text: str | None  # the answer as written, stripped; None: none could be read
+    reason: str = ""  # why none could be read
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way to answer. Well-formed completions hold each block once, in order, nothing else."""
+
+    name: str
+    blocks: tuple[str, ...]  # tag names in their order; "answer" is one of them
+    instruction: str  # "{answer}" stands for "letter" or, for an open question, "answer"
+
+    def render(self, prompt: Prompt) -> str:
+        """Return the user turn: the question, an option a line ("A) CT"), the instruction."""
+        options = [
+            f"{letter}) {text}" for letter, text in zip(LETTERS, prompt.options, strict=False)
+        ]
+        noun = "letter" if prompt.options else "answer"
+        return "\n".join([prompt.question, *options, self.instruction.format(answer=noun)])
+
+    def write(self, answer: str, thought: str = "The image shows it.") -> str:
+        """Return a well-formed completion."""
+        return "".join(
+            f"<{block}>{answer if block == 'answer' else thought}</{block}>"
+            for block in self.blocks
+        )
+
+    def is_well_formed(self, completion: str) -> tuple[bool, str]:
+        """Say whether a completion has the mode's form, and why where it has not."""
+        reason = self._flaw(completion, find_tags(completion))
+        return not reason, reason
+
+    def _flaw(self, completion: str, tags: list[Tag]) -> str:
+        want = [tag for block in self.blocks for tag in (f"<{block}>", f"</{block}>")]
+        found = [completion[tag.start : tag.end] for tag in tags[: len(want) + 1]]
+        if found != want:
+            return f"needs the tags {' '.join(want)}, got {_listed(found)}"
+        edges = [0, *(edge for tag in tags for edge in (tag.start, tag.end)), len(completion)]
+        gaps = [completion[i:j] for i, j in zip(edges[::2], edges[1::2], strict=True)]
+        for number, gap in enumerate(gaps):
+            # Odd gaps are insides. Something must be said there: a letter or a digit, for white
+            # space, dots and zero-width characters are cheap ways to say nothing.
+            if number % 2 and not any(map(str.isalnum, gap)):
+                return f"nothing inside <{self.blocks[number // 2]}>"
+            if number % 2 == 0 and gap.strip():
+                return f"text outside the tags: {gap.strip()[:40]!r}"
+        return ""
+
+    def read(self, completion: str) -> Answer:
+        """Read the answer strictly: the only answer tag there is, and not from the reasoning.
+
+        The form may be broken elsewhere: that is the format reward's business.
+        """
+        tags = find_tags(completion)
+        places = [number for number, tag in enumerate(tags) if tag.name == "answer"]
+        if not places:
+            return Answer(None, "no answer tag")
+        if len(places) > 2:
+            return Answer(None, "more than one answer tag")
+        first, last = tags[places[0]], tags[places[-1]]
+        if not (first.exact and last.exact):
+            return Answer(None, "misspelled answer tag")
+        if len(places) < 2 or first.closing or not last.closing:
+            return Answer(None, "answer tag not opened or not closed")
+        if places[1] != places[0] + 1:
+            return Answer(None, "a tag inside the answer")
+        before = [tag for tag in tags[: places[0]] if tag.name == "think"]
+        if before and not before[-1].closing:
+            return Answer(None, "answer tag inside the reasoning")
+        text = completion[first.end : last.start].strip()
+        return Answer(text) if text else Answer(None, "empty answer tag")
+
+
+def _listed(tags: list[str]) -> str:
+    return " ".join(tag[:20] for tag in tags) if tags else "none"
+
+
+THINK_BEFORE = Mode(
+    "think-before",
+    ("think", "answer"),
+    "Think inside <think></think>, then give the {answer} inside <answer></answer>.",
+)
+NO_THINK = Mode("no-think", ("answer",), "Answer with the {answer} inside <answer></answer>.")
+THINK_AFTER = Mode(
+    "think-after",
+    ("answer", "think"),
+    "Give the {answer} inside <answer></answer>, then explain inside <think></think>.",
+)
+
+MODES = {mode.name: mode for mode in (THINK_BEFORE, NO_THINK, THINK_AFTER)}
+
+
+def get_mode(name: str) -> Mode:
+    """Return a mode by its name. Raises UserError."""
+    if name not in MODES:
+        raise UserError(f"unknown mode {name!r}: choose one of {', '.join(MODES)}")
+    return MODES[name]
