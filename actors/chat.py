@@ -27,3 +27,29 @@ def render_chat(template: ChatTemplate, text: str, num_images: int) -> str:
     if not isinstance(rendered, str):
         raise ValueError(f"the chat template gave {type(rendered).__name__}, needs a string")
     return rendered
+
+
+VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+class Vocabulary(Protocol):
+    """What is needed of a `transformers` tokenizer."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def forbidden_token_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
+    """Ids no completion may hold: they stand for pixels that a completion does not have.
+
+    The engine sets their logits to -inf before it samples. That renormalises the distribution, so
+    the learner must set the same ids to -inf before its log-softmax: then both sides' log-probs
+    are of one policy. Sorted; without those the vocabulary lacks.
+    """
+    vocabulary = tokenizer.get_vocab()
+    return tuple(sorted(vocabulary[token] for token in VISION_TOKENS if token in vocabulary))
