@@ -16,6 +16,7 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 HOOK_MODULE = "_medrl_torchvision_cpu"
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -27,7 +28,7 @@ def declare_missing_operators() -> None:
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None and not _keep_alive:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         library.define(f"nms{_SCHEMA}")
         library.define(f"qnms{_SCHEMA}")
         _keep_alive.append(library)

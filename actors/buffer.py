@@ -1,0 +1,122 @@
+"""Where scored groups wait for the learner. Sole owner of staleness and back-pressure.
+
+Invariant: no batch holds a completion more than `staleness` versions behind the learner, and
+nothing is ever thrown away for it. Two rules keep it, the same for every bound:
+
+- *admit*: at version v at most (v + staleness + 1) * P groups have ever been started.
+- *take*: a batch at version v is the first P groups that were scored, except that groups started
+  at version v - staleness or before, which would be too old for the next batch, go first and are
+  waited for. There are never more than P of them: of the (v + 1) * P groups that were started by
+  then, v * P have been taken.
+
+With staleness 0 the first rule starts exactly one batch a version and the second waits for all of
+it: the synchronous loop is the same loop. No ray, no I/O; one asyncio condition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from medrl.actors.types import ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferState:
+    """What a checkpoint keeps of the buffer."""
+
+    version: int
+    next_draw: int
+    started: Mapping[int, int]  # draw -> version at its start, for all not yet taken
+    ready: tuple[ScoredGroup, ...]  # scored and not yet taken
+
+
+class GroupBuffer:
+    """Hands out draws to roll out (`admit`), takes scored groups (`put`), gives batches (`take`)."""
+
+    def __init__(self, *, prompts: int, staleness: int, total_batches: int) -> None:
+        """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind."""
+        self._prompts = prompts
+        self._staleness = staleness
+        self._total = prompts * total_batches
+        self._version = 0
+        self._next_draw = 0
+        self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
+        self._started: dict[int, int] = {}
+        self._ready: list[ScoredGroup] = []
+        self._changed = asyncio.Condition()
+
+    async def admit(self) -> int | None:
+        """The next draw to roll out, once there is room for it; None when the run has no more."""
+        async with self._changed:
+            await self._changed.wait_for(self._has_room)
+            if self._redo:
+                return self._redo.pop(0)
+            if self._next_draw >= self._total:
+                return None
+            draw = self._next_draw
+            self._next_draw += 1
+            self._started[draw] = self._version
+            return draw
+
+    async def put(self, group: ScoredGroup) -> None:
+        """Add a group that was admitted and is now scored."""
+        draw = group.group.request.draw
+        if draw not in self._started or any(g.group.request.draw == draw for g in self._ready):
+            raise ValueError(f"group of draw {draw} was not admitted, or was put twice")
+        async with self._changed:
+            self._ready.append(group)
+            self._changed.notify_all()
+
+    async def take(self) -> list[ScoredGroup]:
+        """The next batch, in the order of its draws; waits until it is complete."""
+        async with self._changed:
+            await self._changed.wait_for(self._batch_is_ready)
+            expiring = self._expiring()
+            # Sorting is stable: among the groups that may wait, the first scored comes first.
+            first = sorted(self._ready, key=lambda g: g.group.request.draw not in expiring)
+            batch = first[: self._prompts]
+            self._ready = first[self._prompts :]
+            for group in batch:
+                del self._started[group.group.request.draw]
+                age = self._version - group.group.version
+                assert age <= self._staleness, f"a group {age} versions old got into a batch"
+            return sorted(batch, key=lambda g: g.group.request.draw)
+
+    async def advance(self, version: int) -> None:
+        """The engines now serve `version`: more groups may start."""
+        async with self._changed:
+            self._version = version
+            self._changed.notify_all()
+
+    def state(self) -> BufferState:
+        """What to write into a checkpoint."""
+        return BufferState(
+            version=self._version,
+            next_draw=self._next_draw,
+            started=dict(self._started),
+            ready=tuple(self._ready),
+        )
+
+    def restore(self, state: BufferState) -> None:
+        """Go on from a checkpoint: what was in flight then is rolled out again."""
+        self._version = state.version
+        self._next_draw = state.next_draw
+        self._ready = list(state.ready)
+        scored = {group.group.request.draw for group in state.ready}
+        self._redo = sorted(draw for draw in state.started if draw not in scored)
+        # What is rolled out again is as fresh as the version it is rolled out from.
+        self._started = dict(state.started) | dict.fromkeys(self._redo, state.version)
+
+    def _has_room(self) -> bool:
+        room = (self._version + self._staleness + 1) * self._prompts
+        return bool(self._redo) or self._next_draw >= self._total or self._next_draw < room
+
+    def _expiring(self) -> set[int]:
+        oldest_allowed = self._version - self._staleness
+        return {draw for draw, version in self._started.items() if version <= oldest_allowed}
+
+    def _batch_is_ready(self) -> bool:
+        scored: Iterable[int] = (group.group.request.draw for group in self._ready)
+        return len(self._ready) >= self._prompts and self._expiring().issubset(scored)
