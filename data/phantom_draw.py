@@ -280,10 +280,8 @@ def _microscopy_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator)
     """Stained cells: a crowd of small purple nuclei."""
     cells = np.full(x.shape, 99, dtype=np.float32)
     for cx, cy in rng.uniform(0, _REFERENCE, (70, 2)):
-        cells = np.minimum(cells, np.hypot(x - cx, y - cy))
-    return _noise(
-        _paint(p, (132, 84, 160), _inside(_plane(cells - 1.1), 0.5) * 0.75), 5, rng, grey=False
-    )
+        cells = _plane(np.minimum(cells, np.hypot(x - cx, y - cy)))
+    return _noise(_paint(p, (132, 84, 160), _inside(cells - 1.1, 0.5) * 0.75), 5, rng, grey=False)
 
 
 _Finish = Callable[[Picture, Plane, Plane, np.random.Generator], Picture]

@@ -1,8 +1,7 @@
 """The hidden scene behind a phantom: what is drawn, and so what can be asked.
 
-Factors are dealt from shuffled decks, not rolled: in every modality each value of each factor is
-as frequent as the others, so that no question can be answered well without looking. Standard library
-only.
+Standard library only. Factors are dealt from shuffled decks, not rolled: in every modality each
+value of a factor is as frequent as the others, so no question can be answered without looking.
 """
 
 from __future__ import annotations
