@@ -1,0 +1,110 @@
+"""Attention of rows that share a prompt, in two calls a layer and without any change to a model.
+
+A row is [prompt, padded to T | c1, padded to C | ... | cS]. The first call is the prompt over
+itself, causal. The second is every completion over the prompt's keys and values and its own,
+causal. Nothing else is visible, so each completion sees what it would see in a row of its own.
+transformers' attention interface takes the function by name, and hands it the row's layout as a
+keyword argument of the model's forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "medrl_shared_prompt"
+"""What `attn_implementation` calls it."""
+
+LAYOUT = "shared_prompt_layout"
+"""The keyword argument of a model's forward that carries a `Layout`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How rows are laid out, the same for all rows of a micro-batch."""
+
+    prompt: int  # T, padded
+    slots: int  # S completions a row
+    visible: Tensor  # [B*S, 1, C, T+C] bool: what each completion's token may see
+
+    @classmethod
+    def of(cls, prompt_lengths: Tensor, prompt: int, slots: int, length: int) -> Layout:
+        """`prompt_lengths` [B] without padding; `prompt` T; `length` C, padded."""
+        device = prompt_lengths.device
+        inside = torch.arange(prompt, device=device)[None] < prompt_lengths[:, None]  # [B, T]
+        inside = inside[:, None, None].expand(-1, slots, length, -1)  # [B, S, C, T]
+        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        own = own.expand(*inside.shape[:2], -1, -1)
+        visible = torch.cat([inside, own], dim=-1).flatten(0, 1)[:, None]
+        return cls(prompt=prompt, slots=slots, visible=visible)
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [B, H, T+S*C, D]
+    key: Tensor,  # [B, H/r, T+S*C, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Returns [B, T+S*C, H, D], as transformers wants it. Needs a `Layout` in `options`."""
+    layout: Layout | None = options.get(LAYOUT)
+    if layout is None:
+        raise ValueError(f"attention {NAME!r} needs the keyword argument {LAYOUT!r}")
+    repeats = query.shape[1] // key.shape[1]
+    prompt = layout.prompt
+    of_prompt = scaled_dot_product_attention(
+        query[:, :, :prompt],
+        _repeat_heads(key[:, :, :prompt], repeats, 1),
+        _repeat_heads(value[:, :, :prompt], repeats, 1),
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scaling,
+    )
+    of_completions = scaled_dot_product_attention(
+        _split(query[:, :, prompt:], layout.slots),
+        _prompt_and_own(key, layout, repeats),
+        _prompt_and_own(value, layout, repeats),
+        attn_mask=layout.visible,
+        dropout_p=dropout,
+        scale=scaling,
+    )  # [B*S, H, C, D]
+    joined = of_completions.unflatten(0, (-1, layout.slots)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([of_prompt, joined], dim=2).transpose(1, 2).contiguous(), None
+
+
+def _repeat_heads(states: Tensor, repeats: int, slots: int) -> Tensor:
+    """[B, H/r, T, D] -> [B*slots, H, T, D]: each head for its r queries, each row for its slots."""
+    batch, heads, tokens, size = states.shape
+    expanded = states[:, None, :, None].expand(batch, slots, heads, repeats, tokens, size)
+    return expanded.reshape(batch * slots, heads * repeats, tokens, size)
+
+
+def _split(states: Tensor, slots: int) -> Tensor:
+    """[B, H, S*C, D] -> [B*S, H, C, D]"""
+    return states.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _prompt_and_own(states: Tensor, layout: Layout, repeats: int) -> Tensor:
+    """[B, H/r, T+S*C, D] -> [B*S, H, T+C, D]: the prompt's and a completion's own."""
+    prompt = _repeat_heads(states[:, :, : layout.prompt], repeats, layout.slots)
+    own = _repeat_heads(_split(states[:, :, layout.prompt :], layout.slots), repeats, 1)
+    return torch.cat([prompt, own], dim=2)
+
+
+def _no_mask(*arguments: object, **options: object) -> None:
+    """The layout carries the mask; transformers is to build none."""
+
+
+def register() -> None:
+    """Make the attention known to transformers as `NAME`. Calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, shared_prompt_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)

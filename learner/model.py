@@ -1,0 +1,260 @@
+"""The vision-language model: the only file that knows a family's keys.
+
+`PromptReader` turns a group's prompt into model inputs and refuses one that is not what the engine
+sampled from. `Policy` wraps the model: rows in, log-probs and entropies of completion tokens out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medrl.actors.chat import render_chat
+from medrl.actors.types import Group
+from medrl.configs.errors import LearnerError, UserError
+from medrl.learner import attention
+from medrl.learner.batch import BlankImage, PromptInputs, RowBatch
+from medrl.learner.head import LogProbHead
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+BLANK_HASH = "blank"
+"""Stands for the hash of the image that only keeps the vision tower running."""
+
+_BLANK_SIDE = 32  # pixels; the processor scales it to the smallest image it knows
+
+
+class LoadedImage(Protocol):
+    """An image as `data.images.ImageStore` loads it."""
+
+    @property
+    def pil(self) -> Any: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+class ImageSource(Protocol):
+    """Decodes the image at a path relative to the image root."""
+
+    def load(self, path: str, /) -> LoadedImage: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInputs:
+    """A processed image."""
+
+    pixels: Tensor  # [N, patch]
+    grid: Tensor  # [3] time, height, width in patches
+    tokens: int  # visual tokens after merging
+
+
+class PromptReader:
+    """Processor side of the model. An image is decoded and processed once, then cached."""
+
+    def __init__(self, path: str, images: ImageSource, *, cache_bytes: int = 4 * 2**30) -> None:
+        from transformers import AutoConfig, AutoProcessor
+
+        self.config: Any = AutoConfig.from_pretrained(path)
+        self.processor: Any = AutoProcessor.from_pretrained(path)
+        self._images = images
+        self._hashes: dict[str, str] = {}  # path -> hash
+        self._paths: dict[str, str] = {}  # hash -> path
+        self._cache: OrderedDict[str, ImageInputs] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        from PIL import Image
+
+        self._blank = self._process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
+        self.blank = BlankImage(
+            hash=BLANK_HASH, token_id=self.config.image_token_id, tokens=self._blank.tokens
+        )
+        self._rope = _rope_index(self.config)
+
+    def read(self, group: Group) -> PromptInputs:
+        """Raises `LearnerError` where the prompt is not the one the engine sampled from."""
+        prompt = group.request.prompt
+        hashes = tuple(self._hash(path) for path in prompt.images)
+        if hashes != group.image_hashes:
+            raise LearnerError(
+                f"prompt {prompt.id}: the images {list(prompt.images)} here are not those that "
+                f"were sampled from (SHA-256 {_short(hashes)} here, "
+                f"{_short(group.image_hashes)} in the engine): a file changed or differs "
+                "between machines"
+            )
+        inputs = [self.image(hash) for hash in hashes]
+        text = render_chat(self.processor, group.request.text, len(hashes))
+        ids = self._token_ids(text, inputs)
+        if tuple(ids) != group.prompt_token_ids:
+            raise LearnerError(_different_ids(prompt.id, ids, group, self.config.image_token_id))
+        positions, following = self._positions(torch.tensor(ids), inputs)
+        return PromptInputs(
+            token_ids=torch.tensor(ids),
+            positions=positions,
+            next_position=following,
+            images=hashes,
+        )
+
+    def image(self, hash: str) -> ImageInputs:
+        """The processed image of a hash `read` has met."""
+        if hash == BLANK_HASH:
+            return self._blank
+        if hash not in self._cache:
+            path = self._paths[hash]
+            del self._hashes[path]  # decode again: the file may have changed since
+            if self._hash(path) != hash:
+                raise LearnerError(f"image {path} changed while the run was using it")
+        self._cache.move_to_end(hash)
+        return self._cache[hash]
+
+    def _hash(self, path: str) -> str:
+        if path not in self._hashes:
+            loaded = self._images.load(path)
+            self._hashes[path] = loaded.sha256
+            self._paths[loaded.sha256] = path
+            if loaded.sha256 not in self._cache:
+                self._cache[loaded.sha256] = self._process(loaded.pil)
+                self._evict()
+        return self._hashes[path]
+
+    def _evict(self) -> None:
+        used = sum(image.pixels.nbytes for image in self._cache.values())
+        while used > self._cache_bytes and len(self._cache) > 1:
+            used -= self._cache.popitem(last=False)[1].pixels.nbytes
+
+    def _process(self, pil: Any) -> ImageInputs:
+        out = self.processor.image_processor(images=[pil], return_tensors="pt")
+        grid = out["image_grid_thw"][0]
+        tokens = int(grid.prod()) // self.processor.image_processor.merge_size**2
+        return ImageInputs(pixels=out["pixel_values"], grid=grid, tokens=tokens)
+
+    def _token_ids(self, text: str, images: list[ImageInputs]) -> list[int]:
+        """As the processor does it, but for the image work: a placeholder a visual token."""
+        parts = text.split(self.processor.image_token)
+        pieces = [parts[0]]
+        for part, image in zip(parts[1:], images, strict=True):
+            pieces += [self.processor.image_token * image.tokens, part]
+        ids: list[int] = self.processor.tokenizer("".join(pieces))["input_ids"]
+        return ids
+
+    def _positions(self, ids: Tensor, images: list[ImageInputs]) -> tuple[Tensor, int]:
+        """[3, T] M-RoPE positions, and the position of the next token."""
+        if not images:
+            return torch.arange(len(ids)).expand(3, -1), len(ids)
+        positions, _ = self._rope(
+            input_ids=ids[None],
+            mm_token_type_ids=(ids == self.config.image_token_id).int()[None],
+            image_grid_thw=torch.stack([image.grid for image in images]),
+        )
+        return positions[:, 0], int(positions.max()) + 1
+
+
+def _rope_index(config: Any) -> Any:
+    """The family's own `get_rope_index`, which needs the config only: no weights are made."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config).get_rope_index
+
+
+def _short(hashes: tuple[str, ...]) -> str:
+    return ", ".join(hash[:12] for hash in hashes) or "none"
+
+
+def _different_ids(prompt: str, ids: list[int], group: Group, image_token: int) -> str:
+    theirs = list(group.prompt_token_ids)
+    here, there = ids.count(image_token), theirs.count(image_token)
+    pairs = zip(ids, theirs, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(theirs)))
+    return (
+        f"prompt {prompt}: token ids here are not those that were sampled from "
+        f"({len(ids)} tokens here, {len(theirs)} in the engine; {here} and {there} of them visual; "
+        f"first difference at {first}): learner and engine must load the same model folder"
+    )
+
+
+class Policy(nn.Module):
+    """A vision-language model that scores the completions of rows."""
+
+    def __init__(self, vlm: Any) -> None:
+        super().__init__()
+        self.vlm = vlm
+        vlm.lm_head.__class__ = LogProbHead  # same module, same weights (tied ones stay tied)
+
+    def forward(self, batch: RowBatch, images: list[ImageInputs]) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of `batch.present` tokens, 0 elsewhere: [B, S, C] float32.
+
+        `images`: one for every hash of `batch.images`; equal hashes are encoded once.
+        """
+        encoded = self._encode(batch.images, images) if images else None
+        layout = attention.Layout.of(batch.prompt_lengths, batch.prompt, batch.slots, batch.length)
+        hidden = self.vlm.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            mm_encoder_outputs=encoded,
+            use_cache=False,
+            **{attention.LAYOUT: layout},
+        ).last_hidden_state  # [B, T+S*C, D]
+        row, slot, token = batch.present.nonzero(as_tuple=True)
+        # A completion's first token is predicted by the prompt's last, the others by their left.
+        left = batch.prompt + slot * batch.length + token - 1
+        left = torch.where(token == 0, batch.prompt_lengths[row] - 1, left)
+        logprobs, entropies = self.vlm.lm_head(
+            hidden[row, left], batch.targets[batch.present], batch.temperatures[row]
+        )
+        blank = torch.zeros(batch.present.shape, device=logprobs.device)
+        return (
+            blank.masked_scatter(batch.present, logprobs),
+            blank.masked_scatter(batch.present, entropies),
+        )
+
+    def _encode(self, hashes: tuple[str, ...], images: list[ImageInputs]) -> dict[str, Any]:
+        """Run the vision tower on the different images, and repeat what it gives in row order."""
+        unique = dict(zip(hashes, images, strict=True))
+        place = {hash: i for i, hash in enumerate(unique)}
+        device = self.vlm.device
+        encoded = self.vlm.model.get_image_features(
+            torch.cat([image.pixels for image in unique.values()]).to(device),
+            torch.stack([image.grid for image in unique.values()]).to(device),
+            return_dict=True,
+        )
+        order = [place[hash] for hash in hashes]
+        encoded.pooler_output = tuple(encoded.pooler_output[i] for i in order)
+        if "deepstack_features" in encoded:  # Qwen3-VL: also into the first layers
+            encoded.deepstack_features = [
+                tuple(layer[i] for i in order) for layer in encoded.deepstack_features
+            ]
+        return {"image": encoded}
+
+
+def load_policy(
+    path: str, dtype: torch.dtype, *, freeze_vision: bool, gradient_checkpointing: bool
+) -> Policy:
+    """Raises `UserError` where `path` holds no model of a known family."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind not in FAMILIES:
+        raise UserError(f"model.path {path}: is a {kind} model, needs one of {', '.join(FAMILIES)}")
+    attention.register()
+    vlm: Any = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+    )
+    vlm.train()
+    if freeze_vision:
+        vlm.model.visual.requires_grad_(False)
+    if gradient_checkpointing:
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(vlm)
+
+
+def save_processor(path: str, folder: Path) -> None:
+    """Put the processor (tokenizer and chat template included) of `path` into `folder`."""
+    from transformers import AutoProcessor
+
+    AutoProcessor.from_pretrained(path).save_pretrained(folder)
