@@ -194,8 +194,9 @@ class SyncPlan:
     transport: Literal["gloo", "nccl", "ipc"]
     address: str  # host of learner rank 0
     port: int
-    world_size: int  # 1 sender + engines
+    world_size: int  # 1 sender + engine workers (an engine has one a GPU, or one on the CPU)
     bucket_bytes: int
+    timeout_s: float = 300.0  # longest wait for the group to form, and for any one collective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
