@@ -7,11 +7,16 @@ prompt pays for them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from medrl.actors.types import LETTERS, Prompt
 from medrl.configs.errors import UserError
-from medrl.rewards.tags import Tag, find_tags
+from medrl.rewards.tags import MOST_TAGS, Tag, find_tags
+
+# Something is said where there is a letter or a digit: white space, dots and zero-width characters
+# are cheap ways to say nothing.
+_SAID = re.compile(r"[^\W_]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,10 @@ class Mode:
         edges = [0, *(edge for tag in tags for edge in (tag.start, tag.end)), len(completion)]
         gaps = [completion[i:j] for i, j in zip(edges[::2], edges[1::2], strict=True)]
         for number, gap in enumerate(gaps):
-            # Odd gaps are insides. Something must be said there: a letter or a digit, for white
-            # space, dots and zero-width characters are cheap ways to say nothing.
-            if number % 2 and not any(map(str.isalnum, gap)):
+            inside = number % 2 == 1  # a block's content; the others lie before, between and after
+            if inside and not _SAID.search(gap):
                 return f"nothing inside <{self.blocks[number // 2]}>"
-            if number % 2 == 0 and gap.strip():
+            if not inside and gap.strip():
                 return f"text outside the tags: {gap.strip()[:40]!r}"
         return ""
 
@@ -72,6 +76,8 @@ class Mode:
         The form may be broken elsewhere: that is the format reward's business.
         """
         tags = find_tags(completion)
+        if len(tags) == MOST_TAGS:
+            return Answer(None, "too many tags")
         places = [number for number, tag in enumerate(tags) if tag.name == "answer"]
         if not places:
             return Answer(None, "no answer tag")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 # Loose on purpose: `<Answer>`, `< answer >` and `</answer x>` are found too, so that a second tag
 # cannot hide behind its spelling. Possessive repeats, and no part can cross a `<`: linear.
 _TAG = re.compile(r"<\s*+(/?+)\s*+(think|answer)(?![\w-])[^<>]*+>", re.IGNORECASE)
+
+
+MOST_TAGS = 64
+"""No mode has more than a few. Past this a text is noise, and is neither read nor well-formed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +28,12 @@ class Tag:
 
 
 def find_tags(text: str) -> list[Tag]:
-    """Return the think and answer tags of a text in order, misspelled ones included."""
-    tags = []
+    """Return the first MOST_TAGS think and answer tags of a text, misspelled ones included."""
+    return list(islice(_tags(text), MOST_TAGS))
+
+
+def _tags(text: str) -> Iterator[Tag]:
     for match in _TAG.finditer(text):
         name, closing = match[2].lower(), bool(match[1])
         exact = match[0] == (f"</{name}>" if closing else f"<{name}>")
-        tags.append(Tag(name, closing, exact, match.start(), match.end()))
-    return tags
+        yield Tag(name, closing, exact, match.start(), match.end())

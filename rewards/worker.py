@@ -1,0 +1,80 @@
+"""What runs in a reward process: `python -m medrl.rewards.worker FD PARENT_PID MEMORY_BYTES`.
+
+It reads the set-up, says that it is ready (or what is wrong), and then answers each message of
+completions with a message a completion, in order. It imports rewards, types and the user's modules
+only, so that a replacement is there in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import asdict, dataclass
+
+from medrl.actors.types import Prompt
+from medrl.configs.errors import UserError
+from medrl.rewards.compose import Rewards, build_rewards
+from medrl.rewards.wire import pack, unpack
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    use: str
+    weight: float
+
+
+def main() -> None:
+    """Serve until the other side closes or dies."""
+    descriptor, parent, memory_bytes = map(int, sys.argv[1:4])
+    _confine(parent, memory_bytes)
+    os.set_inheritable(descriptor, False)  # not for the programs that a reward starts
+    with socket.socket(fileno=descriptor) as link:
+        try:
+            setup = unpack(link.recv)
+            terms = [_Term(use, weight) for use, weight in setup["terms"]]
+            try:
+                rewards = build_rewards(terms, setup["mode"], policy=setup["policy"])
+            except UserError as error:
+                link.sendall(pack({"problems": error.problems}))
+                return
+            link.sendall(pack({"problems": []}))
+            while True:
+                _serve(link, rewards)
+        except (EOFError, ConnectionError):
+            return
+
+
+def _serve(link: socket.socket, rewards: Rewards) -> None:
+    message = unpack(link.recv)
+    prompts = [
+        Prompt(**{**row, "options": tuple(row["options"]), "images": tuple(row["images"])})
+        for row in message["prompts"]
+    ]
+    process = os.getpid()
+    for number, completion in message["items"]:
+        score = rewards.score(prompts[number], completion)
+        if (
+            os.getpid() != process
+        ):  # a reward forked, and this is its child: it has no business here
+            os._exit(0)
+        link.sendall(pack(asdict(score)))
+
+
+def _confine(parent: int, memory_bytes: int) -> None:
+    """Die with the parent, whatever happens; hold at most `memory_bytes`; leave no core file."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()
