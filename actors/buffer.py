@@ -4,10 +4,10 @@ Invariant: no batch holds a completion more than `staleness` versions behind the
 nothing is ever thrown away for it. Two rules keep it, the same for every bound:
 
 - *admit*: at version v at most (v + staleness + 1) * P groups have ever been started.
-- *take*: a batch at version v is the first P groups that were scored, except that groups started
-  at version v - staleness or before, which would be too old for the next batch, go first and are
-  waited for. There are never more than P of them: of the (v + 1) * P groups that were started by
-  then, v * P have been taken.
+- *take*: a batch is the first P groups that were scored, as far as that leaves the others in time.
+  A group started at version v is due at version v + staleness, and P groups can be taken a version:
+  so of the groups due by version d, all but (d - now) * P must be in the batch, and are waited for.
+  They never number more than P, for by the first rule there is a place for every group.
 
 With staleness 0 the first rule starts exactly one batch a version and the second waits for all of
 it: the synchronous loop is the same loop. No ray, no I/O; one asyncio condition.
@@ -16,7 +16,7 @@ it: the synchronous loop is the same loop. No ray, no I/O; one asyncio condition
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from medrl.actors.types import ScoredGroup
@@ -33,7 +33,7 @@ class BufferState:
 
 
 class GroupBuffer:
-    """Hands out draws to roll out (`admit`), takes scored groups (`put`), gives batches (`take`)."""
+    """Hands out draws to roll out (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
 
     def __init__(self, *, prompts: int, staleness: int, total_batches: int) -> None:
         """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind."""
@@ -45,7 +45,14 @@ class GroupBuffer:
         self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
         self._started: dict[int, int] = {}
         self._ready: list[ScoredGroup] = []
+        self._stopped = False
+        self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
+
+    @property
+    def version(self) -> int:
+        """The version the engines serve, as `advance` last said."""
+        return self._version
 
     async def admit(self) -> int | None:
         """The next draw to roll out, once there is room for it; None when the run has no more."""
@@ -70,14 +77,18 @@ class GroupBuffer:
             self._changed.notify_all()
 
     async def take(self) -> list[ScoredGroup]:
-        """The next batch, in the order of its draws; waits until it is complete."""
+        """The next batch, in the order of its draws; waits until it is complete.
+
+        Empty after the last batch, and after `stop`. Raises what `fail` was given.
+        """
         async with self._changed:
-            await self._changed.wait_for(self._batch_is_ready)
-            expiring = self._expiring()
-            # Sorting is stable: among the groups that may wait, the first scored comes first.
-            first = sorted(self._ready, key=lambda g: g.group.request.draw not in expiring)
-            batch = first[: self._prompts]
-            self._ready = first[self._prompts :]
+            await self._changed.wait_for(self._has_answer)
+            if self._failure is not None:
+                raise self._failure
+            if self._stopped or self._finished():
+                return []
+            batch = self._choose()
+            self._ready = [group for group in self._ready if group not in batch]
             for group in batch:
                 del self._started[group.group.request.draw]
                 age = self._version - group.group.version
@@ -88,6 +99,18 @@ class GroupBuffer:
         """The engines now serve `version`: more groups may start."""
         async with self._changed:
             self._version = version
+            self._changed.notify_all()
+
+    async def stop(self) -> None:
+        """No more batches: `take` answers at once. What is scored stays, for a checkpoint."""
+        async with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    async def fail(self, error: BaseException) -> None:
+        """Rolling out failed: the learner meets `error` at its next `take`, between updates."""
+        async with self._changed:
+            self._failure = self._failure or error
             self._changed.notify_all()
 
     def state(self) -> BufferState:
@@ -113,10 +136,31 @@ class GroupBuffer:
         room = (self._version + self._staleness + 1) * self._prompts
         return bool(self._redo) or self._next_draw >= self._total or self._next_draw < room
 
-    def _expiring(self) -> set[int]:
-        oldest_allowed = self._version - self._staleness
-        return {draw for draw, version in self._started.items() if version <= oldest_allowed}
+    def _finished(self) -> bool:
+        return self._next_draw >= self._total and not self._started
+
+    def _has_answer(self) -> bool:
+        stopped = self._stopped or self._failure is not None
+        return stopped or self._finished() or self._batch_is_ready()
 
     def _batch_is_ready(self) -> bool:
-        scored: Iterable[int] = (group.group.request.draw for group in self._ready)
-        return len(self._ready) >= self._prompts and self._expiring().issubset(scored)
+        return len(self._choose()) == self._prompts
+
+    def _choose(self) -> list[ScoredGroup]:
+        """The next batch of what is scored; fewer than P groups while one must be waited for."""
+        chosen: list[ScoredGroup] = []
+        for due in sorted({version + self._staleness for version in self._started.values()}):
+            by_then = [d for d, v in self._started.items() if v + self._staleness <= due]
+            must_go = len(by_then) - (due - self._version) * self._prompts
+            already = sum(group.group.request.draw in by_then for group in chosen)
+            chosen += self._first(by_then, max(0, must_go - already), chosen)
+            if sum(group.group.request.draw in by_then for group in chosen) < must_go:
+                return chosen[: self._prompts - 1]
+        return chosen + self._first(self._started, self._prompts - len(chosen), chosen)
+
+    def _first(
+        self, draws: Collection[int], count: int, chosen: Collection[ScoredGroup]
+    ) -> list[ScoredGroup]:
+        """The `count` first scored of `draws` that are not chosen yet, or all there are."""
+        open_ones = [g for g in self._ready if g.group.request.draw in draws and g not in chosen]
+        return open_ones[:count]

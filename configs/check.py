@@ -38,6 +38,13 @@ def contradictions(config: Config) -> list[str]:
             f"rollout.staleness: got {rollout.staleness} with placement.colocate; engines that "
             "sleep while the learner works are never ahead of it, set it to 0"
         )
+    if placement.colocate and (
+        placement.engines != placement.learners or placement.gpus_per_engine != 1
+    ):
+        problems.append(
+            f"placement.colocate: needs one engine a rank, each on one GPU; got {placement.engines}"
+            f" engines of {placement.gpus_per_engine} GPUs and {placement.learners} learners"
+        )
     if placement.transport == "ipc" and not placement.colocate:
         problems.append(
             'placement.transport: "ipc" needs placement.colocate = true (engines on the '

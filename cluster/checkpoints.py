@@ -1,0 +1,94 @@
+"""Checkpoints of a run: whole or not there.
+
+    RUN/checkpoints/step_N/learner/...   what the learner saves (weights in learner/model)
+    RUN/checkpoints/step_N/driver.json   step, data position, buffer, what the model was
+
+Written into a hidden folder beside, then renamed: a folder named step_N is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from medrl.actors.buffer import BufferState, GroupBuffer
+from medrl.configs.errors import CheckpointError
+from medrl.learner.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverState:
+    """What the driver needs to go on."""
+
+    step: int
+    seed: int  # of the run: with the draw it gives every sampling stream
+    prompts: int  # P: a batch's groups, which the data position counts in
+    num_train_prompts: int
+    buffer: BufferState
+
+
+_driver_state = TypeAdapter(DriverState)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self.last_saved: int | None = None  # step
+
+    async def save(self, state: DriverState, learner: Learner) -> Path:
+        """Write a checkpoint of `state.step` and delete all but the newest `keep`."""
+        final = self._folder / f"step_{state.step}"
+        aside = self._folder / f".step_{state.step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "learner").mkdir(parents=True)
+        await learner.save(aside / "learner")
+        (aside / "driver.json").write_bytes(_driver_state.dump_json(state))
+        _flush(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        self.last_saved = state.step
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self._folder / f"step_{old}")
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps there is a checkpoint of, oldest first."""
+        names = (path.name.removeprefix("step_") for path in self._folder.glob("step_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def latest(self) -> Path | None:
+        steps = self.steps()
+        return self._folder / f"step_{steps[-1]}" if steps else None
+
+
+def read_driver_state(checkpoint: Path) -> DriverState:
+    """Raises `CheckpointError` where driver.json is missing or broken."""
+    try:
+        return _driver_state.validate_json((checkpoint / "driver.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from None
+
+
+async def resume(checkpoint: Path, buffer: GroupBuffer, learner: Learner) -> DriverState:
+    """Bring buffer and learner to where the checkpoint was made."""
+    state = read_driver_state(checkpoint)
+    buffer.restore(state.buffer)
+    await learner.load(checkpoint / "learner")
+    return state
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold every file before the folder gets its name."""
+    for path in folder.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
