@@ -16,7 +16,7 @@ it: the synchronous loop is the same loop. No ray, no I/O; one asyncio condition
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medrl.actors.types import ScoredGroup
@@ -33,7 +33,7 @@ class BufferState:
 
 
 class GroupBuffer:
-    """Hands out draws to roll out (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
+    """Hands out draws (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
 
     def __init__(self, *, prompts: int, staleness: int, total_batches: int) -> None:
         """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind."""
@@ -44,7 +44,7 @@ class GroupBuffer:
         self._next_draw = 0
         self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
         self._started: dict[int, int] = {}
-        self._ready: list[ScoredGroup] = []
+        self._ready: dict[int, ScoredGroup] = {}  # by draw, in the order they were scored
         self._stopped = False
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
@@ -70,10 +70,10 @@ class GroupBuffer:
     async def put(self, group: ScoredGroup) -> None:
         """Add a group that was admitted and is now scored."""
         draw = group.group.request.draw
-        if draw not in self._started or any(g.group.request.draw == draw for g in self._ready):
+        if draw not in self._started or draw in self._ready:
             raise ValueError(f"group of draw {draw} was not admitted, or was put twice")
         async with self._changed:
-            self._ready.append(group)
+            self._ready[draw] = group
             self._changed.notify_all()
 
     async def take(self) -> list[ScoredGroup]:
@@ -87,13 +87,14 @@ class GroupBuffer:
                 raise self._failure
             if self._stopped or self._finished():
                 return []
-            batch = self._choose()
-            self._ready = [group for group in self._ready if group not in batch]
-            for group in batch:
-                del self._started[group.group.request.draw]
-                age = self._version - group.group.version
-                assert age <= self._staleness, f"a group {age} versions old got into a batch"
-            return sorted(batch, key=lambda g: g.group.request.draw)
+            draws = self._choose()
+            batch = [self._ready.pop(draw) for draw in sorted(draws)]
+            for draw in draws:
+                del self._started[draw]
+            oldest = min(group.group.version for group in batch)
+            age = self._version - oldest
+            assert age <= self._staleness, f"a group {age} versions old got into a batch"
+            return batch
 
     async def advance(self, version: int) -> None:
         """The engines now serve `version`: more groups may start."""
@@ -119,16 +120,15 @@ class GroupBuffer:
             version=self._version,
             next_draw=self._next_draw,
             started=dict(self._started),
-            ready=tuple(self._ready),
+            ready=tuple(self._ready.values()),
         )
 
     def restore(self, state: BufferState) -> None:
         """Go on from a checkpoint: what was in flight then is rolled out again."""
         self._version = state.version
         self._next_draw = state.next_draw
-        self._ready = list(state.ready)
-        scored = {group.group.request.draw for group in state.ready}
-        self._redo = sorted(draw for draw in state.started if draw not in scored)
+        self._ready = {group.group.request.draw: group for group in state.ready}
+        self._redo = sorted(draw for draw in state.started if draw not in self._ready)
         # What is rolled out again is as fresh as the version it is rolled out from.
         self._started = dict(state.started) | dict.fromkeys(self._redo, state.version)
 
@@ -146,21 +146,24 @@ class GroupBuffer:
     def _batch_is_ready(self) -> bool:
         return len(self._choose()) == self._prompts
 
-    def _choose(self) -> list[ScoredGroup]:
-        """The next batch of what is scored; fewer than P groups while one must be waited for."""
-        chosen: list[ScoredGroup] = []
-        for due in sorted({version + self._staleness for version in self._started.values()}):
-            by_then = [d for d, v in self._started.items() if v + self._staleness <= due]
-            must_go = len(by_then) - (due - self._version) * self._prompts
-            already = sum(group.group.request.draw in by_then for group in chosen)
-            chosen += self._first(by_then, max(0, must_go - already), chosen)
-            if sum(group.group.request.draw in by_then for group in chosen) < must_go:
-                return chosen[: self._prompts - 1]
-        return chosen + self._first(self._started, self._prompts - len(chosen), chosen)
+    def _choose(self) -> list[int]:
+        """Draws of the next batch; fewer than P while one must be waited for."""
+        chosen: list[int] = []  # in the order they were scored, within each due version
 
-    def _first(
-        self, draws: Collection[int], count: int, chosen: Collection[ScoredGroup]
-    ) -> list[ScoredGroup]:
-        """The `count` first scored of `draws` that are not chosen yet, or all there are."""
-        open_ones = [g for g in self._ready if g.group.request.draw in draws and g not in chosen]
-        return open_ones[:count]
+        def take_first(count: int, due: int) -> None:
+            free = (d for d in self._ready if d not in chosen and self._due(d) <= due)
+            chosen.extend(list(free)[: max(0, count)])
+
+        last = self._version + self._staleness
+        for due in sorted({self._due(draw) for draw in self._started} | {last}):
+            by_then = sum(self._due(draw) <= due for draw in self._started)
+            must_go = by_then - (due - self._version) * self._prompts
+            if due == last:
+                must_go = self._prompts  # nothing is due later: fill the batch
+            take_first(must_go - len(chosen), due)
+            if len(chosen) < must_go:
+                break
+        return chosen
+
+    def _due(self, draw: int) -> int:
+        return self._started[draw] + self._staleness

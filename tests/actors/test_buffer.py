@@ -95,7 +95,7 @@ def test_every_draw_is_trained_once_and_never_too_old(
     prompts: int, staleness: int, batches: int, seed: int
 ) -> None:
     taken = asyncio.run(simulate(prompts, staleness, batches, seed))
-    assert sorted(sum(taken, [])) == list(range(prompts * batches))
+    assert sorted(draw for batch in taken for draw in batch) == list(range(prompts * batches))
 
 
 def test_staleness_0_trains_the_draws_in_order_batch_by_batch() -> None:
