@@ -64,7 +64,8 @@ class RewardProcess:
     @property
     def pid(self) -> int | None:
         """The process's id; None where none runs."""
-        return self._process.pid if self._process and not self._dead() else None
+        process = self._process
+        return process.pid if process and not self._dead() else None
 
     def start(self) -> None:
         """Have a living process. Raises UserError for bad rewards, RewardError past the time."""
@@ -133,10 +134,10 @@ class RewardProcess:
             self._link = ours
 
     def _send(self, message: Any) -> None:
-        assert self._link is not None
-        self._link.settimeout(self._setup.start_timeout_s)
+        link = self._open_link()
         try:
-            self._link.sendall(pack(message))
+            link.settimeout(self._setup.start_timeout_s)
+            link.sendall(pack(message))
         except OSError:
             raise self._lost() from None
 
@@ -148,8 +149,7 @@ class RewardProcess:
             raise _Lost("error", "the reward process answered nonsense") from None
 
     def _receive(self, timeout_s: float) -> Any:
-        assert self._link is not None
-        link, deadline = self._link, time.monotonic() + timeout_s
+        link, deadline = self._open_link(), time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(link, select.POLLIN)
 
@@ -158,7 +158,7 @@ class RewardProcess:
             # may hold the other end open.
             while not poll.poll(max(0.0, min(_GLANCE_MS, 1e3 * (deadline - time.monotonic())))):
                 if self._dead():
-                    return b""
+                    raise self._lost()
                 if time.monotonic() >= deadline:
                     raise _Lost("timeout", f"took longer than {timeout_s:g} s")
             return link.recv(size)
@@ -170,13 +170,20 @@ class RewardProcess:
         except (EOFError, OSError):
             raise self._lost() from None
 
+    def _open_link(self) -> socket.socket:
+        link = self._link  # once: `close` may take it away at any moment
+        if link is None:
+            raise _Lost("error", "the reward process was closed")
+        return link
+
     def _dead(self) -> bool:
         """Look without reaping, so that the group's id stays ours until `_kill`."""
-        if self._process is None:
+        process = self._process
+        if process is None:
             return True
         try:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self._process.pid, flags) is not None
+            return os.waitid(os.P_PID, process.pid, flags) is not None
         except ChildProcessError:
             return True
 
@@ -188,7 +195,7 @@ class RewardProcess:
         if process is None or not self._dead():
             return _Lost("error", "the reward process closed its link")
         self._kill()
-        code = process.returncode
+        code = process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return _Lost("error", f"the reward process died: {how}")
 
