@@ -16,8 +16,20 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from medrl.actors.buffer import BufferState, GroupBuffer
-from medrl.configs.errors import CheckpointError
+from medrl.configs.errors import CheckpointError, UserError
+from medrl.configs.schema import Config
 from medrl.learner.learner import Learner
+
+
+FIXED_KEYS = (
+    "run.seed",
+    "model.path",
+    "data.train",
+    "data.mode",
+    "rollout.prompts",
+    "rollout.completions",
+)
+"""What a resumed run may not change: the schedule and the random streams follow from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +37,7 @@ class DriverState:
     """What the driver needs to go on."""
 
     step: int
-    seed: int  # of the run: with the draw it gives every sampling stream
-    prompts: int  # P: a batch's groups, which the data position counts in
-    num_train_prompts: int
+    fixed: dict[str, str | int]  # FIXED_KEYS, and the number of training prompts
     buffer: BufferState
 
 
@@ -76,12 +86,29 @@ def read_driver_state(checkpoint: Path) -> DriverState:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from None
 
 
-async def resume(checkpoint: Path, buffer: GroupBuffer, learner: Learner) -> DriverState:
+def fixed_settings(config: Config, num_train_prompts: int) -> dict[str, str | int]:
+    """What of a run must be as it was for its checkpoints to go on."""
+    tree = config.model_dump(mode="json")
+    values = {key: tree[key.partition(".")[0]][key.partition(".")[2]] for key in FIXED_KEYS}
+    return values | {"training prompts": num_train_prompts}
+
+
+def refuse_other_run(state: DriverState, now: dict[str, str | int], checkpoint: Path) -> None:
+    """Raises `UserError` naming each setting that differs from the checkpoint's."""
+    different = [
+        f"{key}: {checkpoint} was made with {then!r}, now {now.get(key)!r}; a resumed run cannot "
+        "change it"
+        for key, then in state.fixed.items()
+        if now.get(key) != then
+    ]
+    if different:
+        raise UserError(*different)
+
+
+async def resume_from(checkpoint: Path, buffer: GroupBuffer, learner: Learner) -> None:
     """Bring buffer and learner to where the checkpoint was made."""
-    state = read_driver_state(checkpoint)
-    buffer.restore(state.buffer)
+    buffer.restore(read_driver_state(checkpoint).buffer)
     await learner.load(checkpoint / "learner")
-    return state
 
 
 def _flush(folder: Path) -> None:

@@ -6,11 +6,12 @@ group is asked for with a deadline, past which the error says what is missing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from medrl.configs.errors import PlacementError
 from medrl.configs.schema import PlacementConfig
 
 OBJECT_STORE_BYTES = 256 * 2**20  # of a local cluster: only ids and numbers travel
-POLL_S = 1.0
+POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,12 @@ def cluster(config: PlacementConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def placed(config: PlacementConfig) -> Iterator[Placement]:
+@asynccontextmanager
+async def placed(config: PlacementConfig) -> AsyncIterator[Placement]:
     """Hold the run's resources for the block. Raises `PlacementError` past the deadline."""
     device = choose_device(config)
     bundles = _bundles(config, device)
-    group = _claim(config, bundles)
+    group = await _claim(config, bundles)
     try:
         cores = os.cpu_count() or 1
         sharing = max(config.engines, config.learners)  # the two kinds mostly take turns
@@ -123,17 +124,22 @@ def _bundles(config: PlacementConfig, device: str) -> list[dict[str, float]]:
     return [rank] * config.learners + [engine] * config.engines
 
 
-def _claim(config: PlacementConfig, bundles: list[dict[str, float]]) -> PlacementGroup:
+async def _claim(config: PlacementConfig, bundles: list[dict[str, float]]) -> PlacementGroup:
+    # A local cluster never grows: what it lacks in all, waiting does not bring.
+    hopeless = not config.address and "RAY_ADDRESS" not in os.environ and _lacks(bundles)
     group = placement_group(bundles, strategy="PACK")
-    deadline = time.monotonic() + config.deadline_s
-    while not group.wait(POLL_S):
-        # A local cluster never grows: what it lacks in all, waiting does not bring.
-        hopeless = not config.address and "RAY_ADDRESS" not in os.environ and _lacks(bundles)
-        if hopeless or time.monotonic() > deadline:
-            sentence = missing(bundles, ray.available_resources(), ray.cluster_resources())
-            remove_placement_group(group)
-            waited = "" if hopeless else f" after {config.deadline_s:g} s (placement.deadline_s)"
-            raise PlacementError(f"{sentence}{waited}")
+    ready = group.ready()
+    deadline = time.monotonic() + (0 if hopeless else config.deadline_s)
+    try:
+        while not ray.wait([ready], timeout=0)[0]:
+            if time.monotonic() > deadline:
+                sentence = missing(bundles, ray.available_resources(), ray.cluster_resources())
+                waited = "" if hopeless else f" (waited {config.deadline_s:g} s, deadline_s)"
+                raise PlacementError(f"{sentence}{waited}")
+            await asyncio.sleep(POLL_S)
+    except BaseException:
+        remove_placement_group(group)
+        raise
     return group
 
 

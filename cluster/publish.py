@@ -58,12 +58,14 @@ class WeightsAndBiases:
             "config": config.model_dump(mode="json"),
             "settings": wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S, console="off"),
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        # An explicit WANDB_MODE wins; without a key W&B would ask for one.
+        if "WANDB_MODE" not in os.environ and not _has_key():
+            options["mode"] = "offline"
         try:
-            self._run = wandb.init(mode=mode, **options)
+            self._run = wandb.init(**options)
         except Exception as error:  # whatever the network does, the run goes on
             log.warning("W&B: %s; going on offline", error)
-            self._run = wandb.init(mode="offline", **options)
+            self._run = wandb.init(**options | {"mode": "offline"})
 
     def on_step(self, metrics: Record) -> None:
         self._run.log(dict(metrics), step=int(metrics["step"]))

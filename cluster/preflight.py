@@ -1,0 +1,187 @@
+"""Everything of a run that can be wrong before an engine starts: model, data, rewards, lengths.
+
+Ends in one `UserError` with all problems, or in what the run needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from medrl.actors.chat import render_chat
+from medrl.actors.types import Prompt
+from medrl.configs.errors import UserError
+from medrl.configs.schema import Config, DataConfig, RewardTerm
+from medrl.data.image_files import locate
+from medrl.data.images import MIN_PIXELS, fit
+from medrl.data.load import LoadedPrompts, load_prompts, share_root
+from medrl.rewards.check import check_rewards
+from medrl.rewards.modes import get_mode
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SHOWN = 5  # prompts of one kind of problem named in full
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A run whose inputs are right."""
+
+    train: tuple[Prompt, ...]
+    test: tuple[Prompt, ...]
+    image_root: Path
+    max_images: int  # most images of one prompt
+    notes: tuple[str, ...] = field(default=())  # what a person should know: skipped rows, ...
+
+
+def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -> Checked:
+    """Load and check data, rewards and the model folder `model`. Raises `UserError`."""
+    problems: list[str] = []
+    with _collected(problems):
+        check_model(model)
+    train, test = _load(config, problems, evaluation_only)
+    if problems:
+        raise UserError(*problems)
+    prompts = (*train.prompts, *test.prompts)
+    with _collected(problems):
+        check_rewards(reward_terms(config), config.data.mode, prompts, config.reward.timeout_s)
+    with _collected(problems):
+        _check_lengths(config, model, prompts, train.image_root)
+    if problems:
+        raise UserError(*problems)
+    return Checked(
+        train=train.prompts,
+        test=test.prompts[: config.eval.max_prompts or None],
+        image_root=train.image_root,
+        max_images=max(1, *(len(prompt.images) for prompt in prompts)),
+        notes=_notes(train, test),
+    )
+
+
+def reward_terms(config: Config) -> tuple[RewardTerm, ...]:
+    """The configured terms; `format` and `accuracy`, where missing, are measured at weight 0."""
+    terms = config.reward.terms
+    used = {term.use for term in terms}
+    extra = (name for name in ("format", "accuracy") if name not in used)
+    return (*terms, *(RewardTerm(use=name, weight=0.0) for name in extra))
+
+
+def check_model(path: str) -> None:
+    """Raises `UserError` where `path` is neither a folder of a known family nor on the hub."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json; it is not a Hugging Face folder")
+    try:
+        family = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        where = "" if folder.exists() else f": no such folder here, and from the hub: {error}"
+        detail = where or f" cannot be read: {error}"
+        raise UserError(f"model.path: {path}{' '.join(detail.split())}") from None
+    if family not in FAMILIES:
+        raise UserError(f"model.path: {path} is a {family} model; known: {', '.join(FAMILIES)}")
+    if folder.exists() and not list(folder.glob("*.safetensors")):
+        raise UserError(f"model.path: {path} holds no *.safetensors weights")
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Within the block, a `UserError` adds to `problems` instead of ending the check."""
+    try:
+        yield
+    except UserError as error:
+        problems.extend(error.problems)
+
+
+def _load(
+    config: Config, problems: list[str], evaluation_only: bool
+) -> tuple[LoadedPrompts, LoadedPrompts]:
+    nothing = LoadedPrompts(prompts=(), image_root=Path(), skipped=())
+    train, test = nothing, nothing
+    if not evaluation_only:
+        with _collected(problems):
+            train = load_prompts(config.data, "train")
+    if config.data.test or evaluation_only:
+        with _collected(problems):
+            test = load_prompts(config.data, "test")
+    if problems:
+        return nothing, nothing
+    loaded = [one for one in (train, test) if one.prompts]
+    shared = dict(zip(map(id, loaded), share_root(*loaded), strict=True))
+    root = next(iter(shared.values())).image_root
+    empty = LoadedPrompts(prompts=(), image_root=root, skipped=())
+    return shared.get(id(train), empty), shared.get(id(test), empty)
+
+
+def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: Path) -> None:
+    """Refuse prompts that leave no room for a completion of `rollout.max_tokens`."""
+    from transformers import AutoConfig, AutoProcessor
+
+    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    limit = min(config.rollout.max_model_len, text_config.max_position_embeddings)
+    room = limit - config.rollout.max_tokens
+    processor: Any = AutoProcessor.from_pretrained(model)
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+    mode = get_mode(config.data.mode)
+    texts = [render_chat(processor, mode.render(p), len(p.images)) for p in prompts]
+    # A tokenizer call over all of them is some hundred times faster than one each.
+    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
+    too_long = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        visual = sum(_visual_tokens(root, path, factor, config.data) for path in prompt.images)
+        total = length - len(prompt.images) + visual
+        if total > room:
+            too_long.append(
+                f"prompt {prompt.id}: {total} tokens ({visual} visual), but only {room} fit before "
+                f"a completion of {config.rollout.max_tokens} (limit {limit}); raise "
+                "rollout.max_model_len or lower data.max_pixels; prompts are never cut"
+            )
+    if too_long:
+        more = [f"... and {len(too_long) - SHOWN} more"] if len(too_long) > SHOWN else []
+        raise UserError(*too_long[:SHOWN], *more)
+
+
+def _visual_tokens(root: Path, path: str, factor: int, data: DataConfig) -> int:
+    with Image.open(locate(root, path)) as image:  # reads the header only
+        width, height = fit(*image.size, factor, MIN_PIXELS, data.max_pixels)
+    return width * height // factor**2
+
+
+def _notes(*loaded: LoadedPrompts) -> tuple[str, ...]:
+    return tuple(_each_note(loaded))
+
+
+def _each_note(loaded: Sequence[LoadedPrompts]) -> Iterator[str]:
+    for one in loaded:
+        yield from one.notes
+        if one.skipped:
+            yield (
+                f"left out {len(one.skipped)} prompts for their images (data.on_bad_image), "
+                f"first: {one.skipped[0]}"
+            )
+
+
+def refuse_used_directory(run_dir: Path, *, resume: bool) -> None:
+    """A run directory belongs to one run. Raises `UserError`."""
+    used = (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists()
+    if used and not resume:
+        raise UserError(
+            f"{run_dir} already holds a run; go on with --resume, or choose another run.name"
+        )
+    if resume and not used:
+        raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
+    if not os.access(_nearest_existing(run_dir), os.W_OK):
+        raise UserError(f"{run_dir} cannot be written: no permission")
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
