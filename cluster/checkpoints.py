@@ -20,7 +20,6 @@ from medrl.configs.errors import CheckpointError, UserError
 from medrl.configs.schema import Config
 from medrl.learner.learner import Learner
 
-
 FIXED_KEYS = (
     "run.seed",
     "model.path",

@@ -25,8 +25,11 @@ async def evaluate(
     async def one(number: int, prompt: Prompt) -> ScoredGroup:
         return await scorer.score_group(await sampler.sample(request(number, prompt)))
 
-    async with asyncio.TaskGroup() as tasks:
-        jobs = [tasks.create_task(one(n, prompt)) for n, prompt in enumerate(prompts)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            jobs = [tasks.create_task(one(n, prompt)) for n, prompt in enumerate(prompts)]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return [job.result() for job in jobs]
 
 

@@ -53,12 +53,12 @@ class Parts:
 
 async def train(parts: Parts) -> None:
     """Run until the buffer has no more batches: all steps done, or `buffer.stop()`."""
-    async with asyncio.TaskGroup() as tasks:
-        rollouts = tasks.create_task(roll_out(parts))
-        try:
-            await learn(parts)
-        finally:
-            rollouts.cancel()
+    rollouts = asyncio.create_task(roll_out(parts))
+    try:
+        await learn(parts)
+    finally:
+        rollouts.cancel()
+        await asyncio.wait({rollouts})
 
 
 async def roll_out(parts: Parts) -> None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medrl.actors.buffer import GroupBuffer
-from medrl.cluster.checkpoints import Checkpoints, DriverState, fixed_settings, resume_from
+from medrl.cluster.checkpoints import (
+    Checkpoints,
+    DriverState,
+    fixed_settings,
+    read_driver_state,
+    refuse_other_run,
+    resume_from,
+)
 from medrl.cluster.display import Display
 from medrl.cluster.evaluate import evaluate, summarize
 from medrl.cluster.interrupt import Interrupt, Interrupted
@@ -18,7 +25,7 @@ from medrl.cluster.journal import Journal, Listener
 from medrl.cluster.loop import Parts, train
 from medrl.cluster.placement import cluster, placed
 from medrl.cluster.plots import draw_plots
-from medrl.cluster.preflight import Checked
+from medrl.cluster.preflight import Checked, check_inputs, refuse_used_directory
 from medrl.cluster.publish import Prometheus, WeightsAndBiases
 from medrl.cluster.requests import Requests
 from medrl.cluster.start import System, system
@@ -36,6 +43,19 @@ class Prepared:
     config: Config
     checked: Checked
     checkpoint: Path | None  # to go on from
+
+
+def prepare(config: Config, *, resume: bool) -> Prepared:
+    """Check everything there is to check before an engine starts. Raises `UserError`."""
+    refuse_used_directory(config.run_dir, resume=resume)
+    checked = check_inputs(config, config.model.path)
+    checkpoint = None
+    if resume:
+        checkpoint = Checkpoints(config.run_dir / "checkpoints", keep=1).latest()
+    if checkpoint:
+        now = fixed_settings(config, len(checked.train))
+        refuse_other_run(read_driver_state(checkpoint), now, checkpoint)
+    return Prepared(config=config, checked=checked, checkpoint=checkpoint)
 
 
 async def run_training(prepared: Prepared, display: Display) -> bool:
@@ -112,7 +132,7 @@ class Run:
         self._stopping = asyncio.ensure_future(self._buffer.stop())
 
     async def go(self, interrupt: Interrupt) -> None:
-        """Resume where there is a checkpoint, train, evaluate, export; a stop leaves a checkpoint."""
+        """Resume where there is a checkpoint, train, evaluate, export. A stop leaves one."""
         if self._prepared.checkpoint:
             await resume_from(self._prepared.checkpoint, self._buffer, self._system.learner)
             self._checkpoints.last_saved = self._buffer.version

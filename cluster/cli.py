@@ -1,0 +1,176 @@
+"""The command line. Exit status: 0 done, 1 the run failed, 2 wrong input, 130 interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from medrl.configs.errors import MedrlError, UserError
+
+app = typer.Typer(
+    help="GRPO for vision-language models on Ray, vLLM and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, e.g. learner.learning_rate=2e-6.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        # Not standalone: click would turn errors into its own exit statuses.
+        status = app(standalone_mode=False)
+    except UserError as error:
+        status = _complain(*error.problems, status=WRONG_INPUT)
+    except MedrlError as error:
+        status = _complain(str(error), status=FAILED)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        if not (hasattr(error, "exit_code") and hasattr(error, "show")):
+            raise
+        error.show()  # click's: an unknown option, a missing argument
+        status = WRONG_INPUT
+    sys.exit(status)
+
+
+def _complain(*problems: str, status: int) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return status
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+    ] = False,
+) -> int:
+    """Train a model with GRPO; everything of the run goes to its run directory."""
+    from medrl.cluster.report import show_result
+    from medrl.configs.loader import load_config
+
+    console = _console()
+    tree = load_config(config, overrides or [])
+    with _quiet_libraries():
+        from medrl.cluster.display import Display
+        from medrl.cluster.run import prepare, run_training
+
+        with Display(name=tree.run.name, steps=tree.run.steps, console=console) as display:
+            display.say("checking model, data and rewards")
+            prepared = prepare(tree, resume=resume)
+            for note in prepared.checked.notes:
+                display.say(note)
+            finished = asyncio.run(run_training(prepared, display))
+        show_result(tree.run_dir, console, finished=finished)
+    return OK if finished else INTERRUPTED
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    checkpoint: Annotated[
+        Path, typer.Option(help="RUN/checkpoints/step_N, RUN/export or any model folder.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
+) -> int:
+    """Held-out accuracy of a checkpoint, greedy, through the same engines."""
+    from medrl.cluster.report import show_evaluation, write_json
+    from medrl.configs.loader import load_config
+
+    console = _console()
+    tree = load_config(config, overrides or [])
+    with _quiet_libraries():
+        from medrl.cluster.run import run_evaluation
+
+        evaluation = run_evaluation(tree, checkpoint)
+    if out:
+        write_json(out, evaluation)
+    show_evaluation(evaluation, console)
+    return OK
+
+
+@app.command()
+def score(
+    source: Annotated[Path, typer.Argument(help="JSON lines: id, completion, answer, options?.")],
+    out: Annotated[Path, typer.Option(help="Where the scored lines go, in the same order.")],
+    mode: Annotated[
+        str, typer.Option(help="think-before, no-think or think-after; a line's own wins.")
+    ] = "no-think",
+    policy: Annotated[str, typer.Option(help="How accuracy reads an answer.")] = "strict",
+    rewards: Annotated[
+        str, typer.Option(help="Comma-separated: format, accuracy, my_lab.rewards:lesion_iou.")
+    ] = "format,accuracy",
+) -> int:
+    """Score completions offline."""
+    from medrl.cluster.report import show_scores
+    from medrl.rewards.offline import score_file
+
+    names = [name.strip() for name in rewards.split(",") if name.strip()]
+    summary = score_file(source, out, mode=mode, policy=policy, rewards=names)
+    show_scores(summary, _console())
+    return OK
+
+
+@data_app.command()
+def phantom(
+    out: Annotated[Path, typer.Option(help="A new folder: OUT/train and OUT/test.")],
+    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1536,
+    test: Annotated[int, typer.Option(min=1, help="Held-out images.")] = 96,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int, typer.Option(min=56, max=1024, help="Pixels a side.")] = 84,
+    options: Annotated[
+        str, typer.Option(help="ordered (easier) or shuffled: how a question's options stand.")
+    ] = "ordered",
+) -> int:
+    """Draw a phantom data set in OmniMedVQA's layout: eight modalities, five question types."""
+    from medrl.data.phantoms import generate
+
+    if options not in ("ordered", "shuffled"):
+        raise UserError(f"--options: got {options!r}, needs ordered or shuffled")
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    made = generate(aside, train=train, test=test, seed=seed, size=size, options=_literal(options))
+    aside.rename(out)
+    _console().print(
+        f"{out}/train: {made.train_questions} questions, {out}/test: {made.test_questions}, "
+        "without a common image",
+        highlight=False,
+    )
+    return OK
+
+
+def _literal(options: str) -> Any:
+    return options
+
+
+def _console() -> Console:
+    # A pipe has no width of its own, and 80 columns would break the tables.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _quiet_libraries() -> Any:
+    from medrl.cluster.quiet import quiet_libraries
+
+    return quiet_libraries()
