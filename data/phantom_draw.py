@@ -21,8 +21,8 @@ Plane = NDArray[np.float32]  # [size, size], rows downwards
 Picture = NDArray[np.float32]  # [size, size, 3], 0 to 255
 
 _REFERENCE = 84  # lengths below are in pixels of an image of this size
-_SMALL, _LARGE = 20.0, 29.0  # organ radius
-_LESION = 4.6  # lesion radius
+_SMALL, _LARGE = 21.0, 29.0  # organ radius
+_LESION = 5.4  # lesion radius
 _TOWARDS: dict[Side, tuple[float, float]] = {
     "Left": (-1, 0),
     "Right": (1, 0),
@@ -92,7 +92,7 @@ def _places(
     """Centres of the lesions: in a row across the side they lie on, never touching."""
     towards = _TOWARDS[scene.side]
     across = (towards[1], towards[0])
-    gap = 2 * _LESION + 3
+    gap = 2 * _LESION + 2.6
     places = []
     for i in range(scene.lesions):
         along = 0.52 * radius + rng.uniform(-1.5, 1.5)
@@ -249,7 +249,7 @@ def _xray_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Pi
 
 def _ultrasound_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
     """Speckle multiplies; only the probe's fan is seen."""
-    speckle = _blur(rng.gamma(4, 22, (*x.shape, 1)).astype(np.float32).repeat(3, 2), 0.6) / 88
+    speckle = _blur(rng.gamma(7, 12.5, (*x.shape, 1)).astype(np.float32).repeat(3, 2), 0.6) / 88
     fan = np.abs(np.arctan2(x - _REFERENCE / 2, y + 22)) - 0.60
     reach = np.maximum(fan * 50, np.hypot(x - _REFERENCE / 2, y + 22) - 103)
     return np.asarray(p * speckle * _inside(reach, 0.7)[..., None] + 2, dtype=np.float32)
@@ -259,7 +259,7 @@ def _dermoscopy_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator)
     """Hairs, mottled skin, and the dark corners of the lens."""
     for _ in range(3):
         slope, start, bend = rng.uniform(-0.5, 0.5), rng.uniform(0, _REFERENCE), rng.uniform(-4, 4)
-        hair = np.abs(y - start - slope * x - bend * np.sin(x / 17))
+        hair = _plane(np.abs(y - start - slope * x - bend * np.sin(x / 17)))
         p = _paint(p, (58, 34, 28), _inside(hair - 0.35, 0.35) * 0.8)
     lens = 0.35 + 0.65 * _inside(_middle(x, y) - 47, 4.0)
     return _noise(p * lens[..., None], 6, rng, grey=False)
