@@ -1,0 +1,359 @@
+"""The real engine: vLLM's AsyncLLM behind the `Engine` protocol. The only file that starts vLLM.
+
+Two invariants live here:
+- *Engines cannot emit image, video or vision tokens, and every sampling field is set*: a model
+  folder's own defaults (top_k=1, say) never apply. The ban is a logit of -inf, so the log-probs
+  returned are of the distribution without those tokens, after temperature, top_p and top_k.
+- *An engine serves only after `resume`*: it starts paused, and between `pause` and `resume` nothing
+  but `canary` runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from medrl.actors.chat import forbidden_token_ids, render_chat
+from medrl.actors.types import Completion, Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncError
+from medrl.configs.schema import ModelConfig, RolloutConfig
+from medrl.data.images import ImageStore, LoadedImage
+
+_GIB = 1024**3
+_CPU_BLOCK_TOKENS = 32  # prefix-cache granule; vLLM's 128 shares nothing of a short prompt
+_MAX_RUNNING = 256  # completions decoded side by side
+_LOG_TAIL_CHARS = 2000  # of vLLM's log, quoted where an engine dies
+
+
+class VllmEngine:
+    """One vLLM instance. Start takes 15-30 s on two cores and blocks; use within one event loop."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        max_pixels: int,
+        image_root: Path,
+        index: int,
+        device: Literal["cpu", "gpu"],
+        seed: int,
+        transport: Literal["gloo", "nccl", "ipc"],
+        max_images: int = 1,  # most images in one prompt
+        workers: int = 1,  # tensor-parallel size; CPU: 1
+        colocated: bool = False,  # shares its GPU with a learner: sleeps while paused
+        log_path: Path | None = None,  # vLLM's output; None: a temporary file
+    ) -> None:
+        self._index = index
+        self._rollout = rollout
+        self._workers = workers
+        self._sleeps = colocated and device == "gpu"
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"medrl-engine-{index}-")
+        self._log = log_path or Path(self._scratch.name) / "vllm.log"
+        self._llm: Any = None
+        self._open = asyncio.Event()  # set: serving
+        self._idle = asyncio.Event()  # set: no request runs
+        self._idle.set()
+        self._running = 0
+        self._requests = 0
+        self._version = -1
+        self._rank = 0  # in the transfer group; 0: in none yet
+        options = _engine_options(model, rollout, device, seed, max_images, workers)
+        options |= {
+            "weight_transfer_config": {"backend": f"medrl_{transport}"},
+            "enable_sleep_mode": self._sleeps,
+        }
+        try:
+            with _output_to(self._log):
+                self._llm = _start(options, device)
+        except Exception as error:
+            raise EngineError(f"engine {index} did not start: {error}{self._log_tail()}") from error
+        self._tokenizer = self._llm.get_tokenizer()
+        self._ban = dict.fromkeys(forbidden_token_ids(self._tokenizer), float("-inf"))
+        self._processor = self._llm.renderer.get_mm_processor().info
+        vision = self._llm.model_config.hf_config.vision_config
+        factor = vision.patch_size * vision.spatial_merge_size
+        self._images = ImageStore(image_root, max_pixels, factor)
+
+    async def generate(self, request: RolloutRequest) -> Group:
+        while not self._open.is_set():
+            await self._open.wait()
+        self._running += 1
+        self._idle.clear()
+        try:
+            return await self._sample(request)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def pause(self) -> None:
+        # Submitting ends first: a request that enters between the clearing of the front end's
+        # image cache and the engine's would name an image that the engine no longer has.
+        self._open.clear()
+        await self._idle.wait()
+        await self._stop_and_clear()
+        if self._sleeps:
+            await self._llm.sleep(level=1)
+
+    async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
+        if plan.transport == "ipc":
+            first = rank
+        else:
+            first = 1 + (rank - 1) * self._workers
+        info = {
+            "address": plan.address,
+            "port": plan.port,
+            "rank": first,
+            "world_size": plan.world_size,
+            "bucket_bytes": plan.bucket_bytes,
+            "timeout_s": plan.timeout_s,
+        }
+        await self._transfer_call(
+            "joining the transfer group", "init_weight_transfer_engine", init_info=info
+        )
+        self._rank = rank
+
+    async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+        if self._sleeps:
+            await self._llm.wake_up(tags=["weights"])
+        path = Path(self._scratch.name) / "digests.json"
+        path.unlink(missing_ok=True)
+        info = {
+            "names": [meta.name for meta in weights],
+            "dtype_names": [meta.dtype for meta in weights],
+            "shapes": [list(meta.shape) for meta in weights],
+            "digests_path": str(path),
+        }
+        await self._transfer_call("starting the update", "start_weight_update")
+        await self._transfer_call("receiving weights", "update_weights", update_info=info)
+        await self._transfer_call("finishing the update", "finish_weight_update")
+        digests: dict[str, str] = json.loads(path.read_text())
+        return digests
+
+    async def canary(self, request: RolloutRequest) -> Group:
+        if self._sleeps:
+            await self._llm.wake_up()
+        await self._llm.resume_generation()  # vLLM's scheduler only: `generate` still waits
+        return await self._sample(request)
+
+    async def resume(self, version: int) -> None:
+        if self._sleeps:
+            await self._llm.wake_up()
+        await self._llm.update_weight_version(str(version))
+        await self._llm.resume_generation()
+        self._version = version
+        self._open.set()
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await asyncio.to_thread(llm.shutdown)
+            self._scratch.cleanup()
+
+    async def _stop_and_clear(self) -> None:
+        """Clears the prefix, image and encoder caches: an update makes all of them stale."""
+        await self._llm.pause_generation(mode="wait", clear_cache=True)
+
+    async def _transfer_call(self, phase: str, method: str, **arguments: Any) -> None:
+        try:
+            await self._llm.collective_rpc(method, kwargs=arguments)
+        except Exception as error:
+            raise WeightSyncError(
+                f"sync: engine {self._index} failed while {phase}: {error}"
+            ) from error
+
+    async def _sample(self, request: RolloutRequest) -> Group:
+        started = time.perf_counter()
+        paths = request.prompt.images
+        try:
+            images = [await asyncio.to_thread(self._images.load, path) for path in paths]
+            text = render_chat(self._tokenizer, request.text, len(images))
+            length = self._prompt_length(request, text, images)
+            output = await self._run(request, text, images)
+        except MedrlError:
+            raise
+        except Exception as error:
+            tail = self._log_tail() if self._llm is None or self._llm.errored else ""
+            raise EngineError(
+                f"engine {self._index}: prompt {request.prompt.id}: "
+                f"{type(error).__name__}: {error}{tail}"
+            ) from error
+        if len(output.prompt_token_ids) != length:
+            raise EngineError(
+                f"engine {self._index}: prompt {request.prompt.id} has "
+                f"{len(output.prompt_token_ids)} tokens, expected {length}"
+            )
+        return Group(
+            request=request,
+            prompt_token_ids=tuple(output.prompt_token_ids),
+            image_hashes=tuple(image.sha256 for image in images),
+            completions=tuple(self._completion(one) for one in output.outputs),
+            engine=self._index,
+            seconds=time.perf_counter() - started,
+            cached_prompt_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _prompt_length(
+        self, request: RolloutRequest, text: str, images: Sequence[LoadedImage]
+    ) -> int:
+        """[T] counted before vLLM sees the prompt, which would cut the completion short instead."""
+        length = len(self._tokenizer(text)["input_ids"]) - len(images)
+        for image in images:
+            length += self._processor.get_num_image_tokens(
+                image_width=image.width,
+                image_height=image.height,
+                image_processor=self._processor.get_image_processor(),
+                mm_kwargs={},
+            )
+        limit = self._rollout.max_model_len - request.sampling.max_tokens
+        if length > limit:
+            raise UserError(
+                f"prompt {request.prompt.id} is {length} tokens long with its images, but "
+                f"rollout.max_model_len = {self._rollout.max_model_len} leaves {limit} beside "
+                f"max_tokens = {request.sampling.max_tokens}; raise rollout.max_model_len or "
+                "lower data.max_pixels"
+            )
+        return length
+
+    async def _run(self, request: RolloutRequest, text: str, images: Sequence[LoadedImage]) -> Any:
+        prompt: dict[str, Any] = {"prompt": text}
+        if images:
+            prompt["multi_modal_data"] = {"image": [image.image for image in images]}
+            prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
+        self._requests += 1
+        outputs = self._llm.generate(
+            prompt, _sampling_params(request, self._ban), request_id=str(self._requests)
+        )
+        final = None
+        async for final in outputs:
+            pass
+        return final
+
+    def _completion(self, output: Any) -> Completion:
+        tokens = tuple(output.token_ids)
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(
+                step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
+            ),
+            text=output.text,
+            finish_reason=output.finish_reason,
+            version=self._version,
+        )
+
+    def _log_tail(self) -> str:
+        if not self._log.exists():
+            return ""
+        tail = self._log.read_text(errors="replace")[-_LOG_TAIL_CHARS:].strip()
+        return f"\nvLLM's log ends with:\n{tail}" if tail else ""
+
+
+def _engine_options(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    device: Literal["cpu", "gpu"],
+    seed: int,
+    max_images: int,
+    workers: int,
+) -> dict[str, Any]:
+    """vLLM's AsyncEngineArgs; each is set here or is a vLLM default that cannot change results."""
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    options: dict[str, Any] = {
+        "model": model.path,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": rollout.max_model_len,
+        "max_num_seqs": min(_MAX_RUNNING, max(16, rollout.prompts * rollout.completions)),
+        "limit_mm_per_prompt": {"image": max_images, "video": 0},
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # not the model folder's: its sampling defaults would apply
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if device == "cpu":
+        return options | {
+            "enforce_eager": True,
+            "skip_mm_profiling": True,
+            "block_size": _CPU_BLOCK_TOKENS,
+            "kv_cache_memory_bytes": rollout.cpu_cache_gib * _GIB,
+        }
+    return options | {
+        "tensor_parallel_size": workers,
+        "gpu_memory_utilization": rollout.memory_fraction,
+    }
+
+
+def _sampling_params(request: RolloutRequest, ban: Mapping[int, float]) -> Any:
+    """Every field that shapes the distribution, explicitly."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    wanted = request.sampling
+    return SamplingParams(
+        n=wanted.num_completions,
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k or -1,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        seed=request.seed,  # vLLM draws completion i from seed + i
+        stop=None,
+        ignore_eos=False,
+        max_tokens=wanted.max_tokens,
+        min_tokens=wanted.min_tokens,
+        logit_bias=dict(ban),
+        logprobs=0,  # the sampled token's only
+        skip_special_tokens=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _start(options: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> Any:
+    """Start vLLM in processes of its own. Its settings by environment precede its import."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if device == "cpu":
+        # Bound to cores, every engine of a machine would take the same ones.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Point file descriptors 1 and 2 at `path`; processes started meanwhile keep them so.
+
+    vLLM's processes write through Python's logging, C++ and progress bars: only this silences all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, target)
+            os.close(original)

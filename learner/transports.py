@@ -1,0 +1,120 @@
+"""The learner's end of a sync: one sender a transport, chosen by `SyncPlan.transport`.
+
+gloo moves packed buckets between CPUs and is what every test runs. nccl and ipc (`gpu_senders`)
+reuse vLLM's packed GPU transfers. All ranks send, for gathering is a collective; rank 0 (for ipc:
+the rank on the engine's GPU) is the one whose bytes leave.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from medrl.actors.types import Sent, SyncPlan
+from medrl.actors.wire import buffer_bytes, digest, num_bytes, open_gloo, views
+from medrl.configs.errors import WeightSyncError
+from medrl.learner.weight_source import WeightSource
+
+
+class Sender(Protocol):
+    """An open transfer group, seen from a learner rank."""
+
+    def send(self) -> Sent:
+        """Send all weights once; on ranks other than 0 only the gathering. The engines must
+        receive at the same time. After a `WeightSyncError` the group is of no further use."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_sender(plan: SyncPlan, rank: int, source: WeightSource) -> Sender:
+    """Form the transfer group of `plan`; returns when every engine joined. `rank` is the ZeRO rank.
+
+    Raises `WeightSyncError` where an engine does not join within `plan.timeout_s`.
+    """
+    if plan.transport == "gloo":
+        return GlooSender(plan, rank, source)
+    from medrl.learner.gpu_senders import IpcSender, NcclSender
+
+    return (NcclSender if plan.transport == "nccl" else IpcSender)(plan, rank, source)
+
+
+def summary(source: WeightSource, digests: dict[str, str], started: float) -> Sent:
+    """What was sent since `started` (a `perf_counter`)."""
+    weights = source.metadata()
+    return Sent(
+        tensors=len(weights),
+        bytes=sum(map(num_bytes, weights)),
+        digests=digests,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class GlooSender:
+    """Packs a bucket, and gathers and packs the next while the first is on its way."""
+
+    def __init__(self, plan: SyncPlan, rank: int, source: WeightSource) -> None:
+        self._plan = plan
+        self._source = source
+        self._is_sender = rank == 0
+        if not self._is_sender:
+            return
+        try:
+            self._group = open_gloo(plan.address, plan.port, 0, plan.world_size, plan.timeout_s)
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"sync: not all of {plan.world_size - 1} engine(s) joined the transfer group at "
+                f"{plan.address}:{plan.port} within {plan.timeout_s:g} s: {error}"
+            ) from error
+
+    def send(self) -> Sent:
+        started = time.perf_counter()
+        digests: dict[str, str] = {}
+        failure: Exception | None = None
+        buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        lane: list[Future[None]] = []
+        with ThreadPoolExecutor(1, "medrl-broadcast") as broadcaster:
+            for number, (bucket, tensors) in enumerate(
+                self._source.buckets(self._plan.bucket_bytes)
+            ):
+                if not self._is_sender or failure:
+                    continue  # the other ranks gather on: leaving them alone would hang them
+                try:
+                    if number >= 2:
+                        lane[number - 2].result()  # its buffer is about to be written over
+                    size = buffer_bytes(bucket)
+                    if buffers[number % 2].numel() < size:
+                        buffers[number % 2] = torch.empty(size, dtype=torch.uint8)
+                    buffer = buffers[number % 2][:size]
+                    for meta, tensor, view in zip(
+                        bucket, tensors, views(bucket, buffer), strict=True
+                    ):
+                        view.copy_(tensor)
+                        digests[meta.name] = self._digest(view)
+                    lane.append(broadcaster.submit(self._broadcast, number, buffer))
+                except WeightSyncError as error:
+                    failure = error
+            for sending in lane[-2:]:
+                failure = failure or sending.exception()  # type: ignore[assignment]
+        if failure:
+            raise failure
+        return summary(self._source, digests, started)
+
+    def close(self) -> None:
+        if self._is_sender:
+            self._group.shutdown()
+
+    def _digest(self, tensor: torch.Tensor) -> str:
+        return digest(tensor)
+
+    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
+        try:
+            self._group.broadcast(buffer, 0).wait()
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"sync: sending bucket {number} to {self._plan.world_size - 1} engine(s) failed: "
+                f"{error}"
+            ) from error
