@@ -21,7 +21,7 @@ MAX_ASPECT = 200
 """Long side over short side; the models' processors refuse more."""
 
 # Not all that Pillow knows: some of its readers start other programs (EPS: Ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 
 
 class ImageProblem(ValueError):
