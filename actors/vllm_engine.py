@@ -65,7 +65,6 @@ class VllmEngine:
         self._running = 0
         self._requests = 0
         self._version = -1
-        self._rank = 0  # in the transfer group; 0: in none yet
         options = _engine_options(model, rollout, device, seed, max_images, workers)
         options |= {
             "weight_transfer_config": {"backend": f"medrl_{transport}"},
@@ -105,14 +104,10 @@ class VllmEngine:
             await self._llm.sleep(level=1)
 
     async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
-        if plan.transport == "ipc":
-            first = rank
-        else:
-            first = 1 + (rank - 1) * self._workers
         info = {
             "address": plan.address,
             "port": plan.port,
-            "rank": first,
+            "rank": 1 + (rank - 1) * self._workers,
             "world_size": plan.world_size,
             "bucket_bytes": plan.bucket_bytes,
             "timeout_s": plan.timeout_s,
@@ -120,7 +115,6 @@ class VllmEngine:
         await self._transfer_call(
             "joining the transfer group", "init_weight_transfer_engine", init_info=info
         )
-        self._rank = rank
 
     async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
         if self._sleeps:
@@ -233,10 +227,7 @@ class VllmEngine:
         outputs = self._llm.generate(
             prompt, _sampling_params(request, self._ban), request_id=str(self._requests)
         )
-        final = None
-        async for final in outputs:
-            pass
-        return final
+        return [output async for output in outputs][-1]  # one, for only the final is asked for
 
     def _completion(self, output: Any) -> Completion:
         tokens = tuple(output.token_ids)

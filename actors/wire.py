@@ -1,4 +1,4 @@
-"""What both ends of a weight transfer must agree on: buckets, digests and the gloo group. Torch only.
+"""What both ends of a weight transfer must agree on: buckets, digests, the gloo group. Torch only.
 
 Weights travel as packed buckets: a flat uint8 tensor that holds whole tensors in their order, each
 at a multiple of `ALIGNMENT` bytes. Both ends cut the buckets from the same list of `WeightMeta`.
@@ -7,7 +7,7 @@ at a multiple of `ALIGNMENT` bytes. Both ends cut the buckets from the same list
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -65,16 +65,6 @@ def digest(tensor: torch.Tensor) -> str:
     position = torch.arange(1, 2 * padded.numel(), 2, device=padded.device)
     plain, weighted = padded.sum().item(), (padded * position).sum().item()
     return f"{int(plain) & (2**64 - 1):016x}{int(weighted) & (2**64 - 1):016x}"
-
-
-def first_difference(sent: Mapping[str, str], received: Mapping[str, str]) -> str:
-    """The first tensor whose digests differ, with what each side says; empty if none does."""
-    for name, expected in sent.items():
-        got = received.get(name, "nothing")
-        if got != expected:
-            return f"{name}: sent {expected}, received {got}"
-    extra = sorted(received.keys() - sent.keys())
-    return f"{extra[0]}: never sent" if extra else ""
 
 
 def open_gloo(
