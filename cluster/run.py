@@ -150,7 +150,6 @@ class Run:
 
     async def _train(self, interrupt: Interrupt) -> None:
         first = self._buffer.version
-        await self._system.sync.open()
         # Engines serve nothing before a receipt, the starting model included.
         receipt = await self._system.sync.push(version=first, step=first)
         self._journal.record_sync(receipt)

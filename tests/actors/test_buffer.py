@@ -4,47 +4,16 @@ import asyncio
 import random
 
 import pytest
+from builders import make_scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medrl.actors.buffer import GroupBuffer
-from medrl.actors.types import (
-    Completion,
-    Group,
-    Prompt,
-    RolloutRequest,
-    Sampling,
-    Score,
-    ScoredGroup,
-)
+from medrl.actors.types import ScoredGroup
 
 
 def scored(draw: int, version: int) -> ScoredGroup:
-    prompt = Prompt(
-        id=str(draw),
-        question="?",
-        options=("x", "y"),
-        answer="A",
-        images=(),
-        modality="CT",
-        question_type="t",
-        source="s",
-    )
-    sampling = Sampling(num_completions=1, max_tokens=4, temperature=1.0)
-    request = RolloutRequest(draw=draw, prompt=prompt, text="?", sampling=sampling, seed=draw)
-    completion = Completion(
-        token_ids=(1,), logprobs=(-0.5,), text="A", finish_reason="stop", version=version
-    )
-    group = Group(
-        request=request,
-        prompt_token_ids=(1,),
-        image_hashes=(),
-        completions=(completion,),
-        engine=0,
-        seconds=0.0,
-    )
-    score = Score(components={"accuracy": 1.0}, total=1.0, outcome="ok")
-    return ScoredGroup(group=group, scores=(score,), seconds=0.0)
+    return make_scored(draw, version=version)
 
 
 async def simulate(prompts: int, staleness: int, batches: int, seed: int) -> list[list[int]]:

@@ -1,0 +1,117 @@
+"""The run directory: one line a step with every promised key, whole after any stop."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from builders import make_receipt, make_score, make_scored, make_update
+
+from medrl.cluster.evaluate import summarize
+from medrl.cluster.journal import Journal, read_lines
+from medrl.cluster.metrics import refuse_failures
+from medrl.configs.errors import RewardError
+
+PROMISED = [
+    "step",
+    "version",
+    "reward.mean",
+    "reward.format",
+    "reward.accuracy",
+    "loss",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "logprob_gap.mean",
+    "logprob_gap.max",
+    "staleness.max",
+    "groups",
+    "zero_variance_groups",
+    "failed_completions",
+    "tokens.prompt",
+    "tokens.completion",
+    "tokens.visual",
+    "seconds.step",
+    "seconds.rollout",
+    "seconds.reward",
+    "seconds.learn",
+    "seconds.sync",
+    "seconds.idle_learner",
+    "seconds.idle_rollout",
+    "memory.driver_bytes",
+]
+
+
+def record(journal: Journal, step: int) -> None:
+    batch = [make_scored(0, version=step - 1), make_scored(1, version=step - 1)]
+    journal.record_step(step, batch, make_update(batch), make_receipt(step), idle_rollout=0.1)
+
+
+def test_a_step_has_every_promised_key(tmp_path: Path) -> None:
+    record(Journal(tmp_path), 1)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert set(PROMISED) <= set(line)
+    assert line["reward.mean"] == 0.5
+    assert line["reward.format"] == 1.0
+    assert line["tokens.completion"] == 12
+    assert line["staleness.max"] == 0
+    assert line["seconds.rollout"] == 0.25
+    assert line["memory.driver_bytes"] > 2**20
+
+
+def test_failed_completions_are_counted_and_left_out_of_the_means(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    batch = [make_scored(0, scores=(make_score(1.0), make_score(0.0, "timeout")))]
+    journal.record_step(1, batch, make_update(batch), make_receipt(1), 0.0)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["failed_completions"], line["reward.mean"]) == (1, 1.0)
+
+
+def test_completions_keep_text_image_scores_advantage_and_version(tmp_path: Path) -> None:
+    record(Journal(tmp_path), 3)
+    rows = pq.read_table(tmp_path / "completions" / "step_000003.parquet").to_pylist()
+    assert len(rows) == 4
+    first = rows[0]
+    assert (first["images"], first["version"], first["advantage"]) == (["a.png"], 2, 1.0)
+    assert {s["name"]: s["value"] for s in first["scores"]} == {"format": 1.0, "accuracy": 1.0}
+    assert first["completion"] == "<answer>0</answer>"
+
+
+def test_rewinding_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in (1, 2, 3):
+        record(journal, step)
+        journal.record_eval(summarize(step, "test", [make_scored(0, scores=(make_score(),))]))
+    journal.rewind(2)
+    for name in ("metrics", "syncs", "evals"):
+        assert [line["step"] for line in read_lines(tmp_path / f"{name}.jsonl")] == [1, 2]
+    assert len(list((tmp_path / "completions").iterdir())) == 2
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_an_evaluation_counts_by_modality_and_question_type() -> None:
+    groups = [
+        make_scored(0, scores=(make_score(1.0),)),
+        make_scored(1, scores=(make_score(0.0, "wrong"),)),
+    ]
+    summary = summarize(5, "test", groups)
+    assert (summary["n"], summary["accuracy"], summary["format"]) == (2, 0.5, 1.0)
+    assert summary["by_modality"] == {"CT": 0.5}
+    assert summary["n_by_question_type"] == {"Modality Recognition": 2}
+
+
+def test_an_evaluation_with_a_failed_score_is_an_error() -> None:
+    failed = make_scored(0, scores=(make_score(0.0, "error", "KeyError: 'x'"),))
+    with pytest.raises(RewardError, match=r"1 of 1.*KeyError"):
+        summarize(0, "test", [failed])
+
+
+def test_too_many_failures_stop_the_run_with_examples() -> None:
+    batch = [make_scored(7, scores=(make_score(), make_score(0.0, "error", "ZeroDivisionError")))]
+    refuse_failures(batch, limit=0.5)
+    with pytest.raises(RewardError, match=r"1 of 2 .*prompt p7: error, ZeroDivisionError"):
+        refuse_failures(batch, limit=0.49)
