@@ -75,7 +75,9 @@ def shared_prompt_attention(
         dropout_p=dropout,
         scale=scaling,
     )  # [B*S, H, C, D]
-    joined = of_completions.unflatten(0, (-1, layout.slots)).transpose(1, 2).flatten(2, 3)
+    batch, heads, _, size = query.shape
+    joined = of_completions.view(batch, layout.slots, heads, -1, size).transpose(1, 2)
+    joined = joined.reshape(batch, heads, -1, size)
     return torch.cat([of_prompt, joined], dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -88,7 +90,9 @@ def _repeat_heads(states: Tensor, repeats: int, slots: int) -> Tensor:
 
 def _split(states: Tensor, slots: int) -> Tensor:
     """[B, H, S*C, D] -> [B*S, H, C, D]"""
-    return states.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
+    batch, heads, tokens, size = states.shape
+    split = states.reshape(batch, heads, slots, tokens // slots, size).transpose(1, 2)
+    return split.reshape(batch * slots, heads, tokens // slots, size)
 
 
 def _prompt_and_own(states: Tensor, layout: Layout, repeats: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class RowBatch:
     trained: Tensor  # [B, S, C] bool: present, and not there to keep other ranks company
     sampler: Tensor  # [B, S, C] log-probs under the sampling policy, 0 where not trained
     advantages: Tensor  # [B, S]
+    versions: Tensor  # [B, S] the weights each completion was sampled from
     temperatures: Tensor  # [B]
     images: tuple[str, ...]  # a hash for every image of the rows, in order
     rows: tuple[Row, ...]
@@ -66,7 +68,7 @@ class RowBatch:
         return self.input_ids.shape[1] - self.slots * self.length
 
     def to(self, device: torch.device) -> RowBatch:
-        tensors = {
+        tensors: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -104,8 +106,9 @@ def build_rows(
             result.sampler[b, s, :tokens] = torch.tensor(completion.logprobs)
             result.present[b, s, :tokens] = True
             result.advantages[b, s] = advantages[row.group][index]
+            result.versions[b, s] = completion.version
     if extra:
-        # In the padding of the longest prompt: completions do not see it, the prompt comes before.
+        # In the padding of a prompt: its own tokens come before, and completions do not see it.
         result.input_ids[0, result.prompt - extra : result.prompt] = blank.token_id
         images = (blank.hash,)
     result.input_ids[:, result.prompt :] = result.targets.flatten(1)
@@ -125,6 +128,7 @@ def _empty(shape: tuple[int, int, int], prompt: int) -> RowBatch:
         trained=torch.zeros(shape, dtype=torch.bool),
         sampler=torch.zeros(shape),
         advantages=torch.zeros(rows, slots),
+        versions=torch.zeros(rows, slots, dtype=torch.long),
         temperatures=torch.ones(rows),
         images=(),
         rows=(),

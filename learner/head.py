@@ -15,6 +15,8 @@ _CHUNK_LOGITS = 2**26
 class LogProbHead(nn.Linear):
     """A language model's head that never holds the logits of all tokens at once."""
 
+    forbidden: Tensor  # [K] ids an engine never samples: no probability, as there
+
     def forward(self, hidden: Tensor, *labels: Tensor) -> Any:
         """`hidden` [M, D]; with `labels` (targets [M], temperatures [M]): log-probs [M] and
         entropies [M] in nats, float32. Without: the logits."""
@@ -43,6 +45,8 @@ class LogProbHead(nn.Linear):
         self, hidden: Tensor, targets: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
         logits = super().forward(hidden).float() / temperatures[:, None]
+        # Not -inf: the entropy multiplies it by a probability of 0.
+        logits = logits.index_fill(-1, self.forbidden, torch.finfo(logits.dtype).min)
         normalizer = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - normalizer
         with torch.no_grad():

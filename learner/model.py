@@ -7,6 +7,7 @@ sampled from. `Policy` wraps the model: rows in, log-probs and entropies of comp
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from medrl.actors.chat import render_chat
+from medrl.actors.chat import forbidden_token_ids, render_chat
 from medrl.actors.types import Group
 from medrl.configs.errors import LearnerError, UserError
 from medrl.learner import attention
@@ -33,7 +34,7 @@ class LoadedImage(Protocol):
     """An image as `data.images.ImageStore` loads it."""
 
     @property
-    def pil(self) -> Any: ...
+    def image(self) -> Any: ...
     @property
     def sha256(self) -> str: ...
 
@@ -68,6 +69,7 @@ class PromptReader:
         self._cache_bytes = cache_bytes
         from PIL import Image
 
+        self.forbidden = forbidden_token_ids(self.processor.tokenizer)
         self._blank = self._process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
         self.blank = BlankImage(
             hash=BLANK_HASH, token_id=self.config.image_token_id, tokens=self._blank.tokens
@@ -116,7 +118,7 @@ class PromptReader:
             self._hashes[path] = loaded.sha256
             self._paths[loaded.sha256] = path
             if loaded.sha256 not in self._cache:
-                self._cache[loaded.sha256] = self._process(loaded.pil)
+                self._cache[loaded.sha256] = self._process(loaded.image)
                 self._evict()
         return self._hashes[path]
 
@@ -179,10 +181,13 @@ def _different_ids(prompt: str, ids: list[int], group: Group, image_token: int) 
 class Policy(nn.Module):
     """A vision-language model that scores the completions of rows."""
 
-    def __init__(self, vlm: Any) -> None:
+    def __init__(self, vlm: Any, forbidden: Sequence[int] = ()) -> None:
+        """`forbidden`: token ids that get no probability (`actors.chat.forbidden_token_ids`)."""
         super().__init__()
         self.vlm = vlm
         vlm.lm_head.__class__ = LogProbHead  # same module, same weights (tied ones stay tied)
+        ids = torch.tensor(forbidden, dtype=torch.long)
+        vlm.lm_head.register_buffer("forbidden", ids, persistent=False)
 
     def forward(self, batch: RowBatch, images: list[ImageInputs]) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of `batch.present` tokens, 0 elsewhere: [B, S, C] float32.
@@ -231,7 +236,12 @@ class Policy(nn.Module):
 
 
 def load_policy(
-    path: str, dtype: torch.dtype, *, freeze_vision: bool, gradient_checkpointing: bool
+    path: str,
+    dtype: torch.dtype,
+    *,
+    forbidden: Sequence[int] = (),
+    freeze_vision: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Policy:
     """Raises `UserError` where `path` holds no model of a known family."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -250,11 +260,21 @@ def load_policy(
         vlm.model.visual.requires_grad_(False)
     if gradient_checkpointing:
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(vlm)
+    return Policy(vlm, forbidden)
 
 
-def save_processor(path: str, folder: Path) -> None:
-    """Put the processor (tokenizer and chat template included) of `path` into `folder`."""
-    from transformers import AutoProcessor
+def save_model(
+    policy: Policy, state: dict[str, Tensor], reader: PromptReader, folder: Path
+) -> None:
+    """Write a folder that transformers and vLLM load: `state` whole, by `vlm`'s own names."""
+    policy.vlm.save_pretrained(folder, state_dict=state)
+    reader.processor.save_pretrained(folder)
 
-    AutoProcessor.from_pretrained(path).save_pretrained(folder)
+
+def image_factor(path: str) -> int:
+    """Side of a visual token in pixels: images are scaled to multiples of it."""
+    from transformers import AutoConfig
+
+    vision = AutoConfig.from_pretrained(path).vision_config
+    factor: int = vision.patch_size * vision.spatial_merge_size
+    return factor

@@ -97,7 +97,7 @@ def plan_rows(sizes: Sequence[GroupSize], *, world: int, budget: int) -> Plan:
     """
     units = [_unit(group, size) for group, size in enumerate(sizes) if size.completions]
     cut = [_cut(mine, budget) for mine in _balance(units, world)]
-    length = max(len(batches) for batches in cut)
+    length = max(1, *(len(batches) for batches in cut))  # a step needs a backward pass
     columns = [[b[m] if m < len(b) else [] for b in cut] for m in range(length)]
     vision = [any(unit.size.images for units in column for unit in units) for column in columns]
     return Plan(

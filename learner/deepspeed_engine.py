@@ -1,0 +1,305 @@
+"""One ZeRO rank: the weights, their optimiser, and what all ranks do together.
+
+The only file that imports deepspeed. A plain class: `learner.actor` puts it into a Ray process,
+tests into a plain one. Every method is a collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from medrl.actors.types import Group, ScoredGroup, Sent, SyncPlan, UpdateMetrics, WeightMeta
+from medrl.configs.errors import CheckpointError, LearnerError
+from medrl.data.images import ImageStore
+from medrl.learner import model as models
+from medrl.learner.batch import RowBatch
+from medrl.learner.settings import LearnerSettings
+from medrl.learner.transports import Sender, open_sender
+from medrl.learner.update import Updater
+from medrl.learner.weight_source import ModuleSource
+
+_EXPORT_BUCKET_BYTES = 2**30
+_TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
+_META = "learner.json"
+
+
+class DeepSpeedRank:
+    """A learner rank. Construction joins the others and loads the model; it blocks."""
+
+    def __init__(
+        self, settings: LearnerSettings, *, rank: int, world: int, address: str, port: int
+    ) -> None:
+        """`address`, `port`: where rank 0 listens for the others. Raises `UserError`, and
+        `LearnerError` where the ranks do not meet."""
+        self._settings = settings
+        self.rank, self.world = rank, world
+        self.device = torch.device("cuda" if settings.device == "gpu" else "cpu")
+        self._deepspeed = _join(settings, rank, world, address, port)
+        torch.manual_seed(settings.seed)
+        path = settings.model.path
+        self._reader = models.PromptReader(path, _image_store(settings))
+        # transformers asks this object, held by a weak reference, how to load the weights.
+        self._partitioned_load = _partitioned_load(self._config()) if self._stage == 3 else None
+        policy = models.load_policy(
+            path,
+            getattr(torch, settings.dtype),
+            forbidden=self._reader.forbidden,
+            freeze_vision=settings.model.freeze_vision,
+            gradient_checkpointing=settings.model.gradient_checkpointing,
+        )
+        self._engine = self._deepspeed.initialize(
+            model=policy, optimizer=_optimizer(policy, settings), config=self._config()
+        )[0]
+        self._reference = self._load_reference() if settings.learner.kl_coefficient else None
+        self._policy = policy
+        self._source = ModuleSource(policy.vlm, self._gather if self._stage == 3 else None)
+        self._updater = Updater(self, self._reader, settings)
+        self._version = 0
+        self._sender: Sender | None = None
+
+    # What `learner.learner.Learner` promises.
+
+    def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
+        metrics = self._updater.update(batch, self._version)
+        self._version += 1
+        return metrics
+
+    def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        return self._updater.logprobs(group)
+
+    def weights(self) -> tuple[WeightMeta, ...]:
+        return self._source.metadata()
+
+    def open_transfer(self, plan: SyncPlan) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        self._sender = open_sender(plan, self.rank, self._source)
+
+    def send(self) -> Sent:
+        if self._sender is None:
+            raise LearnerError("send before open_transfer: no transfer group is open")
+        return self._sender.send()
+
+    def save(self, folder: Path) -> None:
+        self.export(folder / "model")
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save(torch.get_rng_state(), folder / f"rng_{self.rank}.pt")
+        if self.rank == 0:
+            (folder / _META).write_text(json.dumps(self._meta(), indent=1))
+        torch.distributed.barrier()
+
+    def load(self, folder: Path) -> None:
+        saved = _read_meta(folder)
+        if problems := _differences(saved, self._meta()):
+            raise CheckpointError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+            torch.set_rng_state(torch.load(folder / f"rng_{self.rank}.pt"))
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+        if path is None:
+            raise CheckpointError(f"checkpoint {folder} has no state of DeepSpeed's")
+        self._version = saved["version"]
+
+    def export(self, folder: Path) -> None:
+        state: dict[str, Tensor] = {}
+        for metas, tensors in self._source.buckets(_EXPORT_BUCKET_BYTES):
+            if self.rank == 0:
+                for meta, tensor in zip(metas, tensors, strict=True):
+                    state[meta.name] = tensor.detach().to("cpu", copy=True)
+        if self.rank == 0:
+            models.save_model(self._policy, state, self._reader, folder)
+        torch.distributed.barrier()
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    # What `learner.update.Stepper` promises.
+
+    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+        module: Any = self._reference if reference else self._engine
+        images = [self._reader.image(hash) for hash in rows.images]
+        scored: tuple[Tensor, Tensor] = module(rows.to(self.device), images)
+        return scored
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the loss is to be summed.
+        self._engine.backward(loss * self.world)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Without ZeRO DeepSpeed clips but does not say what the norm was.
+        norm = _norm(self._policy) if self._stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        operation = (
+            torch.distributed.ReduceOp.SUM if how == "sum" else torch.distributed.ReduceOp.MAX
+        )
+        torch.distributed.all_reduce(values, operation)
+        return values
+
+    def first_error(self, mine: str) -> str:
+        errors = [""] * self.world
+        torch.distributed.all_gather_object(errors, mine)
+        return next((error for error in errors if error), "")
+
+    # The rest is ours.
+
+    @property
+    def _stage(self) -> int:
+        # Stage 0 would train bfloat16 weights without a float32 copy: small steps would vanish.
+        stage = self._settings.learner.zero_stage
+        return max(stage, 1) if self._settings.dtype == "bfloat16" else stage
+
+    def _config(self) -> dict[str, Any]:
+        bfloat16 = self._settings.dtype == "bfloat16"
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # a word only: micro-batches are ours
+            "gradient_accumulation_steps": 1,  # likewise, see `backward`
+            "gradient_clipping": self._settings.learner.max_gradient_norm,
+            "zero_optimization": {"stage": self._stage},
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "steps_per_print": 2**31,
+        }
+
+    def _load_reference(self) -> Any:
+        """The starting model, frozen; partitioned like the policy where that is."""
+        frozen = models.load_policy(
+            self._settings.model.path,
+            getattr(torch, self._settings.dtype),
+            forbidden=self._reader.forbidden,
+        ).requires_grad_(False)
+        if self._stage != 3:
+            return frozen.to(self.device).eval()
+        return self._deepspeed.initialize(model=frozen.eval(), config=self._config())[0]
+
+    def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[object]:
+        gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
+            parameters
+        )
+        return gathered
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "version": self._version,
+            "family": self._reader.config.model_type,
+            "dtype": self._settings.dtype,
+            "ranks": self.world,
+            "zero_stage": self._stage,
+            "freeze_vision": self._settings.model.freeze_vision,
+            "tensors": {meta.name: list(meta.shape) for meta in self.weights()},
+        }
+
+
+def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: int) -> Any:
+    """Import deepspeed and meet the other ranks; returns the package."""
+    os.environ |= {
+        "DS_ACCELERATOR": "cuda" if settings.device == "gpu" else "cpu",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": "0",  # Ray shows a process its own GPU only
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DEEPSPEED_LOG_LEVEL": "warning",
+    }
+    import deepspeed
+    import transformers
+
+    # DeepSpeed calls it under its old name, once a micro-batch.
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Shared-memory collectives would be compiled at the first start, by all ranks at once, and
+    # report so on stdout; nothing here uses them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=settings.collective_timeout_s)
+    backend = "nccl" if settings.device == "gpu" else "gloo"
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+    except Exception as error:
+        raise LearnerError(
+            f"rank {rank} of {world} did not meet the others at {address}:{port}: {error}"
+        ) from error
+    return deepspeed
+
+
+def _partitioned_load(config: dict[str, Any]) -> Any:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def _image_store(settings: LearnerSettings) -> ImageStore:
+    """Keeps nothing itself: the reader caches what it makes of an image."""
+    factor = models.image_factor(settings.model.path)
+    return ImageStore(settings.image_root, settings.max_pixels, factor, cache_bytes=0)
+
+
+def _optimizer(policy: torch.nn.Module, settings: LearnerSettings) -> torch.optim.Optimizer:
+    """AdamW; norms' scales and biases are not decayed."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.learner.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learner.learning_rate)
+
+
+def _norm(policy: torch.nn.Module) -> Tensor:
+    gradients = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
+    norm: Tensor = torch.stack(gradients).norm()
+    return norm
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((folder / _META).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder} is broken: {error}") from error
+    return saved
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What keeps a checkpoint from fitting, in words."""
+    problems = [
+        f"it has {key} {saved.get(key)}, this run {here[key]}"
+        for key in ("family", "dtype", "ranks", "zero_stage", "freeze_vision")
+        if saved.get(key) != here[key]
+    ]
+    there, mine = saved.get("tensors", {}), here["tensors"]
+    odd = [name for name in sorted(there | mine) if there.get(name) != mine.get(name)]
+    if odd:
+        first = odd[0]
+        problems.append(
+            f"{len(odd)} tensor(s) differ, the first is {first}: "
+            f"{there.get(first, 'absent')} in it, {mine.get(first, 'absent')} here"
+        )
+    return problems

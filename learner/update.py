@@ -1,0 +1,300 @@
+"""One update: from scored groups to optimiser steps and what they measured. Knows no DeepSpeed.
+
+The learner's policy at the start of the batch is "old": the ratio that is clipped measures what
+this batch's own optimiser steps changed. With one step it is the policy itself, so no second
+forward pass is needed; the distance to the policy that sampled is measured (`logprob_gap`) and,
+for stale completions, corrected by `importance_cap`. The loss divides by counts over the whole
+optimiser batch, so it is the same for any split over rows, micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from medrl.actors.types import Group, Score, ScoredGroup, UpdateMetrics
+from medrl.configs.errors import LearnerError, MedrlError
+from medrl.learner.batch import PromptInputs, RowBatch, build_rows
+from medrl.learner.grpo import (
+    Denominators,
+    LossTerms,
+    Objective,
+    group_advantages,
+    grpo_loss,
+    zero_variance,
+)
+from medrl.learner.model import PromptReader
+from medrl.learner.rows import GroupSize, MicroBatch, Plan, plan_rows
+from medrl.learner.settings import LearnerSettings, learning_rate
+
+
+class Stepper(Protocol):
+    """One rank of whatever holds the weights. Every call is made by all ranks, in one order."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the rows' tokens, [B, S, C]."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss` to the sum over ranks; `last` before a step."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """One optimiser step; returns the gradient's norm before clipping."""
+        ...
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """ "sum" or "max" over ranks, elementwise."""
+        ...
+
+    def first_error(self, mine: str) -> str:
+        """The first rank's error that is not empty."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one optimiser step trains, on this rank."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    denominators: Denominators
+
+
+class Updater:
+    """Trains batches of scored groups on one rank."""
+
+    def __init__(self, stepper: Stepper, reader: PromptReader, settings: LearnerSettings) -> None:
+        self._stepper = stepper
+        self._reader = reader
+        self._settings = settings
+        config = settings.learner
+        self._objective = Objective(
+            ratio=config.ratio,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            aggregation=config.aggregation,
+            kl_coefficient=config.kl_coefficient,
+            importance_cap=config.importance_cap,
+            max_tokens=settings.max_tokens,
+        )
+
+    def update(self, batch: Sequence[ScoredGroup], version: int) -> UpdateMetrics:
+        """`version`: of the weights before this update. Raises `LearnerError`."""
+        started = time.perf_counter()
+        config = self._settings.learner
+        advantages, same = self._advantages(batch)
+        sizes = [_size(scored) for scored in batch]
+        plans = [
+            plan_rows(part, world=self._stepper.world, budget=config.tokens_per_micro_batch)
+            for part in _split(sizes, config.updates_per_batch)
+        ]
+        parts = [_part(plan, self._stepper.rank, sizes) for plan in plans]
+        prompts = self._read(batch, parts)
+        work = [
+            [
+                build_rows(one, batch, prompts, advantages, self._reader.blank)
+                for one in part.micro_batches
+            ]
+            for part in parts
+        ]
+        # Before the first step, while the weights are still those of `version`.
+        old = [self._logprobs(rows) if len(parts) > 1 else None for rows in work]
+        sums = _Sums(version, self._stepper.device)
+        rate = learning_rate(config, version, self._settings.total_steps)
+        norms = []
+        for part, rows, start in zip(parts, work, old, strict=True):
+            self._accumulate(rows, start, part.denominators, sums)
+            norms.append(self._stepper.step(rate))
+        totals = sums.over_ranks(self._stepper)
+        return UpdateMetrics(
+            loss=totals["loss"] / len(parts),
+            kl=totals["kl"] / max(totals["tokens"], 1),
+            entropy=totals["entropy"] / max(totals["tokens"], 1),
+            clip_fraction=totals["clipped"] / max(totals["tokens"], 1),
+            gradient_norm=sum(norms) / len(norms),
+            learning_rate=rate,
+            logprob_gap_mean=totals["gap"] / max(totals["gap_tokens"], 1),
+            logprob_gap_max=totals["gap_max"],
+            zero_variance_groups=same,
+            trained_completions=sum(len(size.completions) for size in sizes),
+            prompt_tokens=sum(size.prompt for size in sizes),
+            completion_tokens=round(totals["tokens"]),
+            visual_tokens=sum(
+                scored.group.prompt_token_ids.count(self._reader.blank.token_id) for scored in batch
+            ),
+            sharing=sum(plan.padded_tokens for plan in plans)
+            / max(sum(plan.tokens for plan in plans), 1),
+            advantages=tuple(map(tuple, advantages)),
+            seconds=time.perf_counter() - started,
+            importance_mean=totals["importance"] / max(totals["tokens"], 1),
+        )
+
+    def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        """[G][C] of the group's completions under the weights as they are."""
+        nothing = Score(components={}, total=0.0, outcome="ok")
+        scored = ScoredGroup(group=group, scores=(nothing,) * len(group.completions), seconds=0.0)
+        size = _size(scored)
+        # Every rank scores the group: under ZeRO-3 all of them are needed for it anyway.
+        plan = plan_rows([size], world=1, budget=self._settings.learner.tokens_per_micro_batch)
+        parts = [_part(plan, 0, [size])]
+        prompts = self._read([scored], parts)
+        zeros = [[0.0] * len(group.completions)]
+        found: dict[int, tuple[float, ...]] = {}
+        for micro_batch in parts[0].micro_batches:
+            rows = build_rows(micro_batch, [scored], prompts, zeros, self._reader.blank)
+            (values,) = self._logprobs([rows])
+            for b, row in enumerate(rows.rows):
+                for s, index in enumerate(row.completions):
+                    found[index] = tuple(values[b, s][rows.present[b, s]].tolist())
+        return tuple(found[index] for index in range(len(group.completions)))
+
+    def _advantages(self, batch: Sequence[ScoredGroup]) -> tuple[list[list[float]], int]:
+        """[P][G], and how many groups carry no gradient. Groups may differ in G."""
+        advantages, same = [], 0
+        for scored in batch:
+            rewards = torch.tensor([[score.total for score in scored.scores]], dtype=torch.float64)
+            valid = torch.tensor([[not score.failed for score in scored.scores]])
+            kind = self._settings.learner.advantage
+            advantages.append(group_advantages(rewards, valid, kind)[0].tolist())
+            same += int(zero_variance(rewards, valid))
+        return advantages, same
+
+    def _read(
+        self, batch: Sequence[ScoredGroup], parts: Sequence[_Part]
+    ) -> dict[int, PromptInputs]:
+        """The prompts of this rank's groups. Every rank raises what any rank meets, for a rank
+        that went on alone would wait for ever."""
+        mine = {row.group for part in parts for one in part.micro_batches for row in one.rows}
+        prompts, error = {}, ""
+        try:
+            for index in sorted(mine):
+                prompts[index] = self._reader.read(batch[index].group)
+        except (MedrlError, OSError, ValueError) as problem:
+            error = str(problem) or type(problem).__name__
+        if error := self._stepper.first_error(error):
+            raise LearnerError(error)
+        return prompts
+
+    def _logprobs(self, work: Sequence[RowBatch]) -> list[Tensor]:
+        """[B, S, C] of each, without gradient."""
+        with torch.no_grad():
+            return [self._stepper.score(rows)[0] for rows in work]
+
+    def _accumulate(
+        self,
+        work: Sequence[RowBatch],
+        old: Sequence[Tensor] | None,
+        denominators: Denominators,
+        sums: _Sums,
+    ) -> None:
+        """Forward and backward of one optimiser step's micro-batches."""
+        for number, cpu_rows in enumerate(work):
+            rows = cpu_rows.to(self._stepper.device)
+            reference = None
+            if self._objective.kl_coefficient:
+                with torch.no_grad():
+                    reference = self._stepper.score(rows, reference=True)[0].flatten(0, 1)
+            logprobs, entropies = self._stepper.score(rows)
+            before = (logprobs.detach() if old is None else old[number]).flatten(0, 1)
+            terms = grpo_loss(
+                logprobs.flatten(0, 1),
+                before,
+                rows.sampler.flatten(0, 1),
+                reference,
+                rows.advantages.flatten(),
+                rows.trained.flatten(0, 1),
+                self._objective,
+                denominators,
+            )
+            self._stepper.backward(terms.loss, last=number == len(work) - 1)
+            sums.add(rows, terms, entropies, before.view_as(logprobs))
+
+
+class _Sums:
+    """Sums over the trained tokens of a batch, for means over all ranks."""
+
+    def __init__(self, version: int, device: torch.device) -> None:
+        self._version = version
+        names = (
+            *("loss", "tokens", "entropy", "kl", "clipped", "importance", "gap", "gap_tokens"),
+            *("gap_max", "stale_gap", "stale_gap_max"),
+        )
+        self._values = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+
+    def add(self, rows: RowBatch, terms: LossTerms, entropies: Tensor, old: Tensor) -> None:
+        """`old` [B, S, C]: log-probs before the batch's first optimiser step."""
+        values, trained = self._values, rows.trained
+        gap = (old - rows.sampler).abs() * trained
+        fresh = trained & (rows.versions == self._version)[..., None]
+        values["loss"] += terms.loss.detach()
+        values["tokens"] += trained.sum()
+        values["entropy"] += (entropies.detach() * trained).sum()
+        values["kl"] += terms.kl_sum
+        values["clipped"] += terms.clipped_sum
+        values["importance"] += terms.importance_sum
+        values["gap"] += (gap * fresh).sum()
+        values["gap_tokens"] += fresh.sum()
+        values["gap_max"] = torch.maximum(values["gap_max"], (gap * fresh).max().double())
+        values["stale_gap"] += gap.sum()
+        values["stale_gap_max"] = torch.maximum(values["stale_gap_max"], gap.max().double())
+
+    def over_ranks(self, stepper: Stepper) -> dict[str, float]:
+        """The gap is over tokens sampled from this very version, where there are any: only there
+        must it vanish. Else it is over all."""
+        maxima = [name for name in self._values if name.endswith("_max")]
+        added = [name for name in self._values if name not in maxima]
+        total = stepper.reduce(torch.stack([self._values[name] for name in added]), "sum").tolist()
+        most = stepper.reduce(torch.stack([self._values[name] for name in maxima]), "max").tolist()
+        values = dict(zip(added + maxima, total + most, strict=True))
+        if not values["gap_tokens"]:
+            values["gap"], values["gap_tokens"] = values["stale_gap"], values["tokens"]
+            values["gap_max"] = values["stale_gap_max"]
+        return values
+
+
+def _size(scored: ScoredGroup) -> GroupSize:
+    return GroupSize(
+        prompt=len(scored.group.prompt_token_ids),
+        completions=tuple(
+            (index, len(completion.token_ids))
+            for index, completion in enumerate(scored.group.completions)
+            if not scored.scores[index].failed
+        ),
+        images=len(scored.group.image_hashes),
+    )
+
+
+def _split(sizes: Sequence[GroupSize], parts: int) -> list[list[GroupSize]]:
+    """Equal parts in order (one more group in the first ones, where they do not divide). Groups of
+    other parts stay in place, empty, so that indices remain those of the batch."""
+    if len(sizes) < parts:
+        raise LearnerError(
+            f"a batch of {len(sizes)} groups cannot be split into learner.updates_per_batch = "
+            f"{parts} parts: set it to at most rollout.prompts"
+        )
+    part_of = [index * parts // len(sizes) for index in range(len(sizes))]
+    return [
+        [
+            size if part_of[index] == part else GroupSize(prompt=0, completions=(), images=0)
+            for index, size in enumerate(sizes)
+        ]
+        for part in range(parts)
+    ]
+
+
+def _part(plan: Plan, rank: int, sizes: Sequence[GroupSize]) -> _Part:
+    groups = {row.group for mine in plan.ranks for one in mine for row in one.rows}
+    lengths = [tokens for group in groups for _, tokens in sizes[group].completions]
+    return _Part(
+        micro_batches=plan.ranks[rank],
+        denominators=Denominators(completions=len(lengths), tokens=sum(lengths)),
+    )
