@@ -1,0 +1,244 @@
+"""The real loop, buffer, sampler, sync, journal and rewards, with an engine and a learner in plain
+Python: it learns from rewards and only from rewards, whatever the staleness."""
+
+import asyncio
+import gc
+import random
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from builders import make_prompt, make_request
+
+from medrl.actors.buffer import GroupBuffer
+from medrl.actors.fake_engine import FakeEngine, FakeWire
+from medrl.actors.sampler import Sampler
+from medrl.actors.types import Group, RolloutRequest, Score, ScoredGroup
+from medrl.cluster.checkpoints import Checkpoints, DriverState, resume_from
+from medrl.cluster.journal import Journal, read_lines
+from medrl.cluster.loop import Parts, train
+from medrl.cluster.requests import Requests
+from medrl.cluster.sync import Sync
+from medrl.configs.errors import EngineError, RewardError
+from medrl.configs.schema import RewardTerm, RolloutConfig
+from medrl.data.schedule import Schedule
+from medrl.learner.fake_learner import FakeLearner
+from medrl.rewards.compose import build_rewards
+from medrl.rewards.modes import get_mode
+
+REWARDS = build_rewards((RewardTerm(use="format"), RewardTerm(use="accuracy")), "no-think")
+PROMPTS = [make_prompt(f"p{i}", answer="AB"[i % 2]) for i in range(10)]
+
+
+class Scorer:
+    """The real rewards, in this process; optionally dealt to the wrong completions."""
+
+    def __init__(self, *, shuffled: bool = False) -> None:
+        self._rng = random.Random(0) if shuffled else None
+
+    async def score_group(self, group: Group) -> ScoredGroup:
+        prompt = group.request.prompt
+        scores = [REWARDS.score(prompt, completion.text) for completion in group.completions]
+        if self._rng:
+            self._rng.shuffle(scores)
+        return ScoredGroup(group=group, scores=tuple(scores), seconds=0.0)
+
+
+class World:
+    """A run of fakes in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        staleness: int = 0,
+        scorer: object = None,
+        skill: float = 0.3,
+        delays: tuple[float, ...] = (0.0, 0.0),
+    ) -> None:
+        wire = FakeWire()
+        rollout = RolloutConfig(prompts=4, completions=4, max_tokens=32, staleness=staleness)
+        self.requests = Requests(
+            prompts=PROMPTS,
+            schedule=Schedule(len(PROMPTS), seed=0),
+            mode=get_mode("no-think"),
+            rollout=rollout,
+            seed=0,
+        )
+        self.learner = FakeLearner(wire, skill=skill, learning_rate=0.1)
+        self.engines = {
+            i: FakeEngine(wire, index=i, seconds=delay) for i, delay in enumerate(delays)
+        }
+        self.buffer = GroupBuffer(prompts=4, staleness=staleness, total_batches=steps)
+        self.journal = Journal(folder)
+        self.sync = Sync(
+            engines=self.engines,
+            learner=self.learner,
+            transport="gloo",
+            canary=make_request(0, completions=1, temperature=0.0),
+            max_gap=1e-4,
+            timeout_s=10.0,
+        )
+        self.seen: list[int] = []
+        self.parts = Parts(
+            request=self.request,
+            sampler=Sampler(list(self.engines.values()), max_sequences=8, timeout_s=10),
+            scorer=scorer or Scorer(),  # type: ignore[arg-type]
+            buffer=self.buffer,
+            learner=self.learner,
+            sync=self.sync,
+            journal=self.journal,
+            after_step=self.after_step,
+            max_failed_fraction=0.5,
+        )
+
+    def request(self, draw: int) -> RolloutRequest:
+        self.seen.append(draw)
+        return self.requests.train(draw)
+
+    async def after_step(self, step: int) -> None:
+        return None
+
+    async def run(self) -> None:
+        version = self.buffer.version
+        await self.sync.push(version=version, step=version)
+        await train(self.parts)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+async def test_the_loop_learns_from_rewards_at_any_staleness(
+    tmp_path: Path, staleness: int
+) -> None:
+    world = World(tmp_path, steps=60, staleness=staleness, delays=(0.0, 0.001))
+    await world.run()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert world.learner.skill > 0.9
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert [line["version"] for line in lines] == list(range(1, 61))
+    assert max(line["staleness.max"] for line in lines) == staleness
+    assert sorted(world.seen) == list(range(240))
+    assert len(read_lines(tmp_path / "syncs.jsonl")) == 60
+
+
+async def test_shuffled_rewards_teach_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=60, scorer=Scorer(shuffled=True))
+    await world.run()
+    assert world.learner.skill < 0.6
+
+
+async def test_prompts_come_in_the_order_of_the_schedule(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=5)
+    await world.run()
+    schedule = Schedule(len(PROMPTS), seed=0)
+    assert [schedule[d] for d in world.seen] == [schedule[d] for d in range(20)]
+
+
+async def test_an_engine_that_fails_ends_the_run_between_two_updates(tmp_path: Path) -> None:
+    class Dying(FakeEngine):
+        async def generate(self, request: RolloutRequest) -> Group:
+            if request.draw == 9:
+                raise EngineError("engine 1 died")
+            return await super().generate(request)
+
+    world = World(tmp_path, steps=10)
+    world.engines[0].__class__ = Dying
+    world.engines[1].__class__ = Dying
+    with pytest.raises(EngineError, match="engine 1 died"):
+        await world.run()
+    assert world.learner.updates == world.buffer.version == 2
+
+
+async def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path: Path) -> None:
+    class Broken(Scorer):
+        async def score_group(self, group: Group) -> ScoredGroup:
+            failed = Score(components={}, total=0.0, outcome="error", reason="KeyError: 'x'")
+            return replace(await super().score_group(group), scores=(failed,) * 4)
+
+    world = World(tmp_path, steps=10, scorer=Broken())
+    with pytest.raises(RewardError, match="16 of 16"):
+        await world.run()
+    assert world.learner.updates == 0
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_stopped_and_resumed_trains_every_draw_once(tmp_path: Path, staleness: int) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    first = World(tmp_path, steps=12, staleness=staleness, delays=(0.0, 0.002))
+
+    async def stop_at_5(step: int) -> None:
+        if step == 5:
+            await first.buffer.stop()
+
+    first.parts = replace(first.parts, after_step=stop_at_5)
+    await first.run()
+    state = DriverState(step=5, fixed={}, buffer=first.buffer.state())
+    folder = await checkpoints.save(state, first.learner)
+
+    second = World(tmp_path, steps=12, staleness=staleness, skill=0.5)
+    await resume_from(folder, second.buffer, second.learner)
+    assert second.learner.skill == first.learner.skill
+    second.journal.rewind(5)
+    await second.run()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    import pyarrow.parquet as pq
+
+    draws = [
+        draw
+        for file in sorted((tmp_path / "completions").glob("*.parquet"))
+        for draw in pq.read_table(file, columns=["draw"]).column("draw").to_pylist()[::4]
+    ]
+    assert sorted(draws) == list(range(48))
+
+
+async def test_stopped_and_resumed_is_the_same_run_when_synchronous(tmp_path: Path) -> None:
+    whole = World(tmp_path / "whole", steps=8)
+    await whole.run()
+    first = World(tmp_path / "parts", steps=4)
+    await first.run()
+    second = World(tmp_path / "parts", steps=8, skill=0.9)
+    second.buffer.restore(first.buffer.state())
+    second.learner.skill = first.learner.skill
+    await second.run()
+    assert second.learner.skill == pytest.approx(whole.learner.skill, abs=1e-12)
+
+
+async def test_the_driver_does_not_grow_with_the_number_of_steps(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=1000)
+    traced: dict[int, int] = {}
+    resident: dict[int, int] = {}
+
+    async def measure(step: int) -> None:
+        if step in (200, 1000):
+            gc.collect()
+            traced[step] = tracemalloc.get_traced_memory()[0]
+            resident[step] = psutil.Process().memory_info().rss
+
+    world.parts = replace(world.parts, after_step=measure)
+    world.request = world.requests.train  # type: ignore[method-assign]  # without the list it keeps
+    world.parts = replace(world.parts, request=world.requests.train)
+    tracemalloc.start()
+    try:
+        await world.run()
+    finally:
+        tracemalloc.stop()
+    assert traced[1000] - traced[200] < 200_000
+    assert resident[1000] - resident[200] < 16 * 2**20
+
+
+def test_a_slow_engine_holds_up_no_batch_that_may_be_stale(tmp_path: Path) -> None:
+    """With a bound above 0 the learner goes on while the slow engine is still at it."""
+
+    async def wall(staleness: int, folder: Path) -> float:
+        world = World(folder, steps=6, staleness=staleness, delays=(0.0, 0.05))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await world.run()
+        return loop.time() - began
+
+    synchronous = asyncio.run(wall(0, tmp_path / "sync"))
+    stale = asyncio.run(wall(3, tmp_path / "stale"))
+    assert stale < synchronous
