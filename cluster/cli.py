@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from medrl.cluster.interrupt import Interrupted
 from medrl.configs.errors import MedrlError, UserError
 
 app = typer.Typer(
@@ -41,7 +42,7 @@ def main() -> None:
         status = _complain(*error.problems, status=WRONG_INPUT)
     except MedrlError as error:
         status = _complain(str(error), status=FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         status = INTERRUPTED
     except Exception as error:
         if not (hasattr(error, "exit_code") and hasattr(error, "show")):

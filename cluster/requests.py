@@ -10,6 +10,8 @@ from medrl.configs.schema import RolloutConfig
 from medrl.data.schedule import Schedule, group_seed
 from medrl.rewards.modes import Mode
 
+CANARY_TOKENS = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
@@ -38,6 +40,13 @@ class Requests:
         """One greedy completion: for evaluation and canary; `number` only tells them apart."""
         sampling = Sampling(num_completions=1, max_tokens=self.rollout.max_tokens, temperature=0.0)
         return self._request(number, prompt, sampling, seed=0)
+
+    def canary(self) -> RolloutRequest:
+        """A few greedy tokens on a prompt with an image, if the data has one: proves a sync."""
+        with_image = (prompt for prompt in self.prompts if prompt.images)
+        prompt = next(with_image, self.prompts[0])
+        sampling = Sampling(num_completions=1, max_tokens=CANARY_TOKENS, temperature=0.0)
+        return self._request(0, prompt, sampling, seed=0)
 
     def _request(self, draw: int, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutRequest:
         text = self.mode.render(prompt)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medrl.actors.buffer import GroupBuffer
 from medrl.cluster.checkpoints import (
@@ -28,8 +29,8 @@ from medrl.cluster.plots import draw_plots
 from medrl.cluster.preflight import Checked, check_inputs, refuse_used_directory
 from medrl.cluster.publish import Prometheus, WeightsAndBiases
 from medrl.cluster.requests import Requests
-from medrl.cluster.start import System, system
-from medrl.configs.errors import EngineError, RewardError
+from medrl.cluster.start import System, engines_and_scorer, system
+from medrl.configs.errors import EngineError, RewardError, UserError
 from medrl.configs.loader import dump_config
 from medrl.configs.schema import Config
 from medrl.data.schedule import Schedule
@@ -83,13 +84,7 @@ async def _placed_run(
     prepared: Prepared, display: Display, listeners: Sequence[Listener], interrupt: Interrupt
 ) -> None:
     config, checked = prepared.config, prepared.checked
-    requests = Requests(
-        prompts=checked.train,
-        schedule=Schedule(len(checked.train), config.run.seed),
-        mode=get_mode(config.data.mode),
-        rollout=config.rollout,
-        seed=config.run.seed,
-    )
+    requests = _requests(config, checked)
     async with placed(config.placement) as placement:
         display.say(
             f"starting {config.placement.engines} engines and {config.placement.learners} learner "
@@ -211,3 +206,38 @@ class Run:
         await self._system.learner.export(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+
+
+def run_evaluation(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The held-out numbers of a checkpoint, an export or any model folder. Raises `UserError`."""
+    if not checkpoint.exists():
+        raise UserError(f"--checkpoint: {checkpoint} does not exist")
+    inside = checkpoint / "learner" / "model"
+    model = str(inside if inside.exists() else checkpoint)
+    checked = check_inputs(config, model, evaluation_only=True)
+    return asyncio.run(_evaluate_model(config, checked, model))
+
+
+async def _evaluate_model(config: Config, checked: Checked, model: str) -> dict[str, Any]:
+    interrupt = Interrupt()
+    requests = _requests(config, checked)
+    with interrupt.listening(), cluster(config.placement):
+        async with (
+            placed(config.placement) as placement,
+            engines_and_scorer(config, checked, placement, model, interrupt) as (sampler, scorer),
+        ):
+            groups = await interrupt.cancels(
+                evaluate(checked.test, requests.greedy, sampler, scorer)
+            )
+    return {"checkpoint": model} | summarize(0, "test", groups)
+
+
+def _requests(config: Config, checked: Checked) -> Requests:
+    prompts = checked.train or checked.test  # an evaluation loads no training prompts
+    return Requests(
+        prompts=prompts,
+        schedule=Schedule(len(prompts), config.run.seed),
+        mode=get_mode(config.data.mode),
+        rollout=config.rollout,
+        seed=config.run.seed,
+    )
