@@ -105,7 +105,7 @@ def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
     assert check_images(tmp_path / "root", ["a.png"]) == {}
 
 
-def rgb(path: Path) -> np.ndarray:  # type: ignore[type-arg]
+def rgb(path: Path) -> np.ndarray:
     image = decode(path)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medrl.actors.types import LETTERS
+from medrl.actors.types import LETTERS, Prompt
 from medrl.configs.errors import UserError
 from medrl.configs.schema import DataConfig
 from medrl.data.load import load_prompts
@@ -35,14 +36,14 @@ def write(path: Path, rows: object) -> Path:
     return path
 
 
-def load(path: Path, split: str = "train") -> tuple[object, ...]:
+def load(path: Path, split: Any = "train") -> tuple[Prompt, ...]:
     config = DataConfig(format="med_r1", train=str(path), test=str(path))
-    return load_prompts(config, split, images=False).prompts  # type: ignore[arg-type]
+    return load_prompts(config, split, images=False).prompts
 
 
 def test_rows_become_prompts_named_by_their_file(tmp_path: Path) -> None:
     path = write(tmp_path / "Lesion Grading_test.json", ROWS)
-    first, second = load(path)  # type: ignore[misc]
+    first, second = load(path)
     assert first.question == "Which stage is seen, in your view?"
     assert first.options == ("Stage Ia", "Stage IIIb", "Stage 0")
     assert (first.answer, second.answer) == ("C", "A")
@@ -55,7 +56,7 @@ def test_rows_become_prompts_named_by_their_file(tmp_path: Path) -> None:
 
 def test_modality_is_read_from_the_file_name_with_its_missing_bracket(tmp_path: Path) -> None:
     path = write(tmp_path / "OCT (Optical Coherence Tomography_test.json", ROWS)
-    assert {(p.modality, p.question_type) for p in load(path)} == {("OCT", "unknown")}  # type: ignore[attr-defined]
+    assert {(p.modality, p.question_type) for p in load(path)} == {("OCT", "unknown")}
 
 
 def test_a_folder_of_both_splits_gives_each_its_own(tmp_path: Path) -> None:
