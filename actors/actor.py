@@ -1,0 +1,138 @@
+"""An engine in a Ray process, and the handle that stands for it on the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.configs.errors import EngineError, MedrlError
+
+_CLOSE_S = 6.0  # for vLLM to end its processes; then the actor is killed
+
+
+class EngineActor:
+    """Shell of `VllmEngine` in a Ray process; built by `create_engine`."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from medrl.actors.vllm_engine import VllmEngine
+
+        self._engine = VllmEngine(**settings)
+
+    async def ready(self) -> None:
+        """Answers once the engine is up."""
+
+    async def generate(self, request: RolloutRequest) -> Group:
+        return await self._engine.generate(request)
+
+    async def pause(self) -> None:
+        await self._engine.pause()
+
+    async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
+        await self._engine.open_transfer(plan, rank)
+
+    async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+        return await self._engine.receive(weights)
+
+    async def canary(self, request: RolloutRequest) -> Group:
+        return await self._engine.canary(request)
+
+    async def resume(self, version: int) -> None:
+        await self._engine.resume(version)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+async def create_engine(
+    *,
+    options: Mapping[str, Any],
+    timeout_s: float,
+    call_timeout_s: float,
+    on_created: Callable[[RayEngine], object] = lambda engine: None,
+    **settings: Any,
+) -> RayEngine:
+    """Start a `VllmEngine(**settings)` as a Ray actor with `options`; returns when it is up.
+
+    `on_created` gets the handle before that, so that the caller can end an engine that does not
+    come up. Raises `EngineError`, also past `timeout_s`.
+    """
+    index: int = settings["index"]
+    actor = ray.remote(EngineActor).options(**options).remote(settings)
+    engine = RayEngine(actor, index, rollout_timeout_s(settings), call_timeout_s)
+    on_created(engine)
+    await engine.answer("start", actor.ready.remote, timeout_s)
+    return engine
+
+
+def rollout_timeout_s(settings: Mapping[str, Any]) -> float:
+    """A group not finished by then is an engine failure."""
+    seconds: float = settings["rollout"].timeout_s
+    return seconds
+
+
+class RayEngine:
+    """Obeys `actors.engine.Engine` over an `EngineActor`; no call waits without a deadline."""
+
+    def __init__(self, actor: Any, index: int, group_timeout_s: float, timeout_s: float) -> None:
+        self._actor = actor
+        self._index = index
+        self._group_timeout_s = group_timeout_s
+        self._timeout_s = timeout_s
+
+    async def generate(self, request: RolloutRequest) -> Group:
+        """A paused engine keeps its callers waiting, so a sync's time is on top of a group's."""
+        limit = self._group_timeout_s + self._timeout_s
+        group: Group = await self.answer("generate", self._actor.generate.remote, limit, request)
+        return group
+
+    async def pause(self) -> None:
+        await self.answer("pause", self._actor.pause.remote, self._group_timeout_s)
+
+    async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
+        await self.answer(
+            "join a transfer", self._actor.open_transfer.remote, self._timeout_s, plan, rank
+        )
+
+    async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+        received: Mapping[str, str] = await self.answer(
+            "receive weights", self._actor.receive.remote, self._timeout_s, weights
+        )
+        return received
+
+    async def canary(self, request: RolloutRequest) -> Group:
+        group: Group = await self.answer(
+            "sample the canary", self._actor.canary.remote, self._timeout_s, request
+        )
+        return group
+
+    async def resume(self, version: int) -> None:
+        await self.answer("resume", self._actor.resume.remote, self._timeout_s, version)
+
+    async def close(self) -> None:
+        with contextlib.suppress(RayError, MedrlError):  # it may be dead, or hang: killed below
+            await self.answer("close", self._actor.close.remote, _CLOSE_S)
+        ray.kill(self._actor)
+
+    async def answer(
+        self, what: str, call: Callable[..., Awaitable[Any]], timeout_s: float, *arguments: Any
+    ) -> Any:
+        """Call a method of the actor and wait for what it returns, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call(*arguments)
+        except TimeoutError:
+            raise EngineError(
+                f"engine {self._index} did not {what} within {timeout_s:g} s"
+            ) from None
+        except RayActorError as error:
+            raise EngineError(f"engine {self._index} died ({what}): {error}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, MedrlError):
+                raise error.cause from None
+            raise EngineError(f"engine {self._index} failed ({what}): {error.cause}") from error
