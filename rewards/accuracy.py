@@ -60,14 +60,16 @@ def choose(answer: str, options: Sequence[str]) -> Choice:
     """Read which option an answer names. A lone letter is a letter, even where an option is "A"."""
     if len(answer) > max(map(len, options)) + _SLACK:
         return Choice("", "unparsed", "answer too long to be one option")
-    body = _LEAD.sub("", plain(answer)).strip(_WRAPPING)
+    whole = plain(answer)
+    body = _LEAD.sub("", whole).strip(_WRAPPING)
     match = _LETTER.match(body)
     letter = (match[1] or match[2]).upper() if match else ""
     rest = plain(body[match.end() :]) if match else ""
-    known = letter in LETTERS[: len(options)]
-    if match and known and not rest:
+    known = letter in tuple(LETTERS[: len(options)])
+    text = option_of(answer, options)
+    if known and not rest and (body == whole or not text):  # an option may be called "Option A"
         return Choice(letter, "ok")
-    named = option_of(answer, options) or option_of(body, options)
+    named = text or option_of(body, options)
     if named:
         return Choice(named, "ok")
     if not match:

@@ -21,7 +21,7 @@ from medrl.configs.errors import RewardError, UserError
 from medrl.rewards.compose import failure
 from medrl.rewards.wire import pack, unpack
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _LONGEST_REPLY = 1 << 20  # bytes; a score is a few hundred
 _GLANCE_MS = 100  # how often a silent process is looked at: one that is dead has no more to say
 

@@ -1,0 +1,183 @@
+"""A mode's words, form and reading agree with each other, and the form cannot be faked."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medrl.configs.errors import UserError
+from medrl.rewards.modes import MODES, NO_THINK, THINK_AFTER, THINK_BEFORE, get_mode
+
+BEFORE = "<think>why</think><answer>C</answer>"
+AFTER = "<answer>C</answer><think>why</think>"
+BARE = "<answer>C</answer>"
+
+
+def test_the_user_turn_is_question_options_instruction(make_prompt):
+    assert NO_THINK.render(make_prompt()).splitlines() == [
+        "Which modality is this?",
+        "A) CT",
+        "B) MRI",
+        "C) Ultrasound",
+        "D) X-ray",
+        "Answer with the letter inside <answer></answer>.",
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_an_open_question_is_not_asked_for_a_letter(make_prompt, mode):
+    text = mode.render(make_prompt("pneumonia", options=()))
+    assert "letter" not in text
+    assert len(text.splitlines()) == 2
+
+
+def test_an_unknown_mode_is_the_users_mistake():
+    with pytest.raises(UserError, match="unknown mode 'think': choose one of think-before"):
+        get_mode("think")
+
+
+@pytest.mark.parametrize(
+    ("mode", "completion"),
+    [
+        (THINK_BEFORE, BEFORE),
+        (THINK_BEFORE, f" \n{BEFORE}\n"),
+        (THINK_BEFORE, "<think>\nwhy\n\nso\n</think>\n\n<answer>\nC\n</answer>\n"),
+        (NO_THINK, BARE),
+        (NO_THINK, f"\n {BARE} \n"),
+        (NO_THINK, "<answer>a < b and b > c</answer>"),
+        (THINK_AFTER, AFTER),
+        (THINK_AFTER, "<answer>C</answer>\n<think>why</think>"),
+        (THINK_AFTER, "<answer>C</answer><think>超声</think>"),
+    ],
+)
+def test_the_form_is_kept(mode, completion):
+    assert mode.is_well_formed(completion) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "completion", "reason"),
+    [
+        (NO_THINK, "", "got none"),
+        (NO_THINK, "C", "got none"),
+        (NO_THINK, BEFORE, "needs the tags"),
+        (NO_THINK, f"The answer: {BARE}", "text outside"),
+        (NO_THINK, f"{BARE}!", "text outside"),
+        (NO_THINK, f"{BARE}\u200b", "text outside"),
+        (NO_THINK, "<answer></answer>", "nothing inside <answer>"),
+        (NO_THINK, "<answer> \n </answer>", "nothing inside <answer>"),
+        (NO_THINK, "<answer>\u200b</answer>", "nothing inside <answer>"),
+        (NO_THINK, "<answer>C", "needs the tags"),
+        (NO_THINK, "C</answer>", "needs the tags"),
+        (NO_THINK, "</answer>C<answer>", "needs the tags"),
+        (NO_THINK, "<answer>anything </answer> junk </answer>", "needs the tags"),
+        (NO_THINK, BARE + BARE, "needs the tags"),
+        (NO_THINK, "<answer><answer>C</answer></answer>", "needs the tags"),
+        (NO_THINK, "<answer><think>why</think>C</answer>", "needs the tags"),
+        (NO_THINK, "<answer>C <ANSWER>D</ANSWER></answer>", "needs the tags"),
+        (NO_THINK, "<Answer>C</Answer>", "needs the tags"),
+        (NO_THINK, "<answer >C</answer>", "needs the tags"),
+        (NO_THINK, "<answer>C</answer x='1'>", "needs the tags"),
+        (NO_THINK, "＜answer＞C＜/answer＞", "got none"),
+        (THINK_BEFORE, "<think></think><answer></answer>", "nothing inside <think>"),
+        (THINK_BEFORE, "<think>...</think><answer>C</answer>", "nothing inside <think>"),
+        (THINK_BEFORE, "<think>why</think><answer>A</answer><answer>C</answer>", "needs the tags"),
+        (THINK_BEFORE, "<think>a</think><think>b</think><answer>C</answer>", "needs the tags"),
+        (THINK_BEFORE, "<think>a<think>b</think></think><answer>C</answer>", "needs the tags"),
+        (THINK_BEFORE, "<think>a<answer>C</answer></think>", "needs the tags"),
+        (THINK_BEFORE, "<think>a</think> so <answer>C</answer>", "text outside"),
+        (THINK_BEFORE, AFTER, "needs the tags"),
+        (THINK_BEFORE, BARE, "needs the tags"),
+        (THINK_AFTER, BEFORE, "needs the tags"),
+        (THINK_AFTER, BARE, "needs the tags"),
+        (THINK_AFTER, "<answer>C</answer><think>cut o", "needs the tags"),
+    ],
+)
+def test_the_form_is_broken_and_the_reason_is_said(mode, completion, reason):
+    well_formed, said = mode.is_well_formed(completion)
+    assert not well_formed
+    assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("completion", "text", "reason"),
+    [
+        (BARE, "C", ""),
+        (BEFORE, "C", ""),
+        (AFTER, "C", ""),
+        (f"Well: {BARE}, I think", "C", ""),
+        ("<answer>\n C \n</answer>", "C", ""),
+        ("<answer>C</answer><think>cut o", "C", ""),
+        ("", None, "no answer tag"),
+        ("C", None, "no answer tag"),
+        ("<answer>C", None, "not opened or not closed"),
+        ("C</answer>", None, "not opened or not closed"),
+        ("</answer>C<answer>", None, "not opened or not closed"),
+        (BARE + BARE, None, "more than one"),
+        ("<answer>A</answer> or <answer>C</answer>", None, "more than one"),
+        ("<answer>A</answer><ANSWER>C</ANSWER>", None, "more than one"),
+        ("<answer>A</answer> junk </answer>", None, "more than one"),
+        ("<Answer>C</Answer>", None, "misspelled"),
+        ("<answer></answer>", None, "empty"),
+        ("<answer><think>x</think>C</answer>", None, "a tag inside"),
+        ("<think>I say <answer>C</answer></think>", None, "inside the reasoning"),
+        ("<think>cut off <answer>C</answer>", None, "inside the reasoning"),
+        ("<think></think>" * 40 + BARE, None, "too many tags"),
+    ],
+)
+def test_an_answer_is_read_from_the_only_answer_tag(completion, text, reason):
+    for mode in MODES.values():
+        answer = mode.read(completion)
+        assert answer.text == text
+        assert reason in answer.reason
+
+
+@given(st.sampled_from(list(MODES.values())), st.from_regex(r"[a-zA-Z0-9 .,()\n]*[a-zA-Z0-9]\Z"))
+def test_what_a_mode_writes_it_finds_well_formed_and_reads(mode, answer):
+    completion = mode.write(answer, thought=answer)
+    assert mode.is_well_formed(completion) == (True, "")
+    assert mode.read(completion).text == answer.strip()
+
+
+@given(st.sampled_from(list(MODES.values())), st.data())
+def test_no_piece_can_be_dropped_from_or_doubled_in_a_form(mode, data):
+    pieces = [part for block in mode.blocks for part in (f"<{block}>", "word", f"</{block}>")]
+    place = data.draw(st.integers(0, len(pieces) - 1))
+    dropped = [*pieces[:place], *pieces[place + 1 :]]
+    assert not mode.is_well_formed("".join(dropped))[0]
+    if pieces[place] != "word":
+        doubled = [*pieces[:place], pieces[place], *pieces[place:]]
+        assert not mode.is_well_formed("".join(doubled))[0]
+
+
+MEBI = 2**20
+ADVERSARIAL = {
+    "angles": "<" * MEBI,
+    "spaced angles": "< " * (MEBI // 2),
+    "an angle and spaces": "<" + " " * MEBI,
+    "slashes": "</" * (MEBI // 2),
+    "tags": "<answer>" * (MEBI // 8),
+    "closings": "</answer>" * (MEBI // 9),
+    "tags that never end": "<answer" * (MEBI // 7),
+    "one tag that never ends": "<answer" + " " * MEBI,
+    "empty content": "<answer>" + " " * MEBI + "</answer>",
+    "no content": "<answer>" + "." * MEBI + "</answer>",
+    "long content": "<answer>" + "a " * (MEBI // 2) + "</answer>",
+    "long thought": "<think>" + "<b>" * (MEBI // 3) + "</think><answer>C</answer>",
+    "trailing space": "<answer>C</answer>" + " " * MEBI,
+    "words": "answer think " * (MEBI // 13),
+}
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL.values(), ids=ADVERSARIAL)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_mebibyte_is_read_in_linear_time(mode, text):
+    for read in (mode.read, mode.is_well_formed):
+        seconds = []
+        for _ in range(5):  # the best of five: the machine may be busy
+            begin = time.thread_time()
+            read(text)
+            seconds.append(time.thread_time() - begin)
+        assert min(seconds) < 0.05

@@ -1,0 +1,111 @@
+"""Groups are scored the same here and in a Ray actor, and no process outlives its scorer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from medrl.actors.types import Completion, Group, RolloutRequest, Sampling
+from medrl.configs.errors import RewardError
+from medrl.configs.schema import RewardConfig, RewardTerm
+from medrl.rewards.pool import RewardPool
+from medrl.rewards.scorer import LocalScorer
+
+CONFIG = RewardConfig()
+TEXTS = ("<answer>C</answer>", "<answer>A</answer>", "hm")
+
+
+def group_of(prompt) -> Group:
+    sampling = Sampling(num_completions=3, max_tokens=8, temperature=1.0)
+    request = RolloutRequest(draw=0, prompt=prompt, text="?", sampling=sampling, seed=0)
+    completions = tuple(
+        Completion(token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", version=0)
+        for text in TEXTS
+    )
+    return Group(
+        request=request,
+        prompt_token_ids=(1,),
+        image_hashes=("x",),
+        completions=completions,
+        engine=0,
+        seconds=0.1,
+    )
+
+
+def marked(mark: str) -> set[int]:
+    """The reward processes that have a mark in their environment."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            worker = b"medrl.rewards.worker" in (folder / "cmdline").read_bytes()
+            if worker and mark.encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+async def until(condition) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return condition()
+
+
+async def test_a_local_scorer_scores_a_group(make_prompt):
+    pool = RewardPool(CONFIG.terms, "no-think", CONFIG.processes, CONFIG.timeout_s)
+    scorer = LocalScorer(pool)
+    group = group_of(make_prompt("C"))
+    scored = await scorer.score_group(group)
+    assert scored.group is group
+    assert [score.outcome for score in scored.scores] == ["ok", "wrong", "unparsed"]
+    assert [score.total for score in scored.scores] == [2.0, 1.0, 0.0]
+    assert 0 < scored.seconds < 5
+    await scorer.close()
+    await scorer.close()
+
+
+@pytest.fixture
+def mark(monkeypatch):
+    """A local Ray whose processes can be told from all others on the machine."""
+    ray = pytest.importorskip("ray")
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("RAY_DISABLE_USAGE_STATS", "1")
+    variables = {"PYTHONPATH": str(Path(__file__).parent), "TEST_MARK": mark}
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": variables},
+    )
+    yield mark
+    ray.shutdown()
+
+
+@pytest.mark.engines
+async def test_a_ray_scorer_scores_groups_survives_its_actor_and_leaves_nothing(make_prompt, mark):
+    import ray
+
+    from medrl.rewards.actor import RayScorer
+
+    terms = (*CONFIG.terms, RewardTerm(use="hostile_rewards:length"))
+    scorer = RayScorer(CONFIG.model_copy(update={"terms": terms}), "no-think")
+    group = group_of(make_prompt("C"))
+    for scored in await asyncio.gather(*(scorer.score_group(group) for _ in range(20))):
+        assert [score.outcome for score in scored.scores] == ["ok", "wrong", "unparsed"]
+        assert scored.scores[0].components["length"] == len(TEXTS[0])
+    first = marked(mark)
+    assert len(first) == CONFIG.processes
+    ray.kill(scorer._actor, no_restart=False)
+    assert await until(lambda: not first & marked(mark))  # they follow the actor
+    assert (await scorer.score_group(group)).scores[0].outcome == "ok"
+    assert len(marked(mark)) == CONFIG.processes
+    await scorer.close()
+    await scorer.close()
+    assert await until(lambda: not marked(mark))
+    with pytest.raises(RewardError, match="reward actor"):
+        await scorer.score_group(group)
