@@ -56,7 +56,8 @@ BAD: dict[str, tuple[Write, str]] = {
     "pages.tif": (lambda path: animated(path, "TIFF"), "3 frames"),
     "huge.png": (bomb, "81 megapixels, more than 64"),
     "thin.png": (lambda path: Image.new("L", (1005, 5)).save(path), "over 200 times"),
-    "script.png": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "not an image"),
+    # A program for Ghostscript, which Pillow would start.
+    "script.png": (lambda path: noise().save(path, format="EPS"), "not an image"),
 }
 
 

@@ -35,6 +35,7 @@ def store(folder: Path, **options: int) -> ImageStore:
 
 @given(sides, sides, st.sampled_from([28, 32]), st.integers(3, 600))
 @example(20_000, 100, 28, 4)  # thin, and a budget of 4 squares
+@example(20_000, 100, 28, 512)  # scaled and cut to the grid, 320 times as wide as high
 @example(13, 2600, 28, 512)  # thinner than a square
 @example(1, 200, 28, 5)
 @example(100, 101, 28, 5)
@@ -77,6 +78,22 @@ def test_the_processor_leaves_the_grid_as_the_store_made_it(
     assert (columns * 14, rows * 14) == size
 
 
+@pytest.mark.parametrize(("width", "height"), [(84, 84), (30, 400), (900, 1100)])
+def test_the_processor_of_qwen3_vl_is_served_by_its_own_bounds(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    """Patches of 16 pixels and at least 256 x 256: its preprocessor_config.json says so."""
+    drawn(width, height).save(tmp_path / "a.png")
+    processor = Qwen2VLImageProcessor(
+        patch_size=16, size={"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    )
+    images = store(tmp_path, factor=32, min_pixels=processor.size["shortest_edge"])
+    loaded = images.load("a.png")
+    made = processor(images=[loaded.image], return_tensors="pt")
+    _, rows, columns = made["image_grid_thw"][0].tolist()
+    assert (columns * 16, rows * 16) == (loaded.width, loaded.height)
+
+
 def test_the_processor_leaves_the_pixels_as_the_store_made_them(tmp_path: Path) -> None:
     """Its values are those of the store's image, normalised: nothing is resampled twice."""
     drawn(301, 207).save(tmp_path / "a.png")
@@ -98,9 +115,12 @@ def test_an_image_already_on_the_grid_keeps_its_pixels(tmp_path: Path) -> None:
 
 
 def test_384_pixels_become_392_as_in_the_paper(tmp_path: Path) -> None:
-    drawn(384, 384).save(tmp_path / "a.png")
+    image = drawn(384, 384)
+    image.save(tmp_path / "a.png")
     loaded = store(tmp_path).load("a.png")
     assert loaded.image.size == (loaded.width, loaded.height) == (392, 392)
+    bicubic = image.resize((392, 392), Image.Resampling.BICUBIC)
+    assert loaded.sha256 == pixel_hash(bicubic)
 
 
 def test_the_hash_tells_size_and_pixels_apart() -> None:
