@@ -210,7 +210,11 @@ def _oct_ground(x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
 
 
 def _microscopy_ground(x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
-    return _flat(x, (244, 226, 238))
+    """A stained slide: a crowd of small purple nuclei."""
+    cells = np.full(x.shape, 99, dtype=np.float32)
+    for cx, cy in rng.uniform(0, _REFERENCE, (80, 2)):
+        cells = _plane(np.minimum(cells, np.hypot(x - cx, y - cy)))
+    return _paint(_flat(x, (244, 226, 238)), (132, 84, 160), _inside(cells - 1.1, 0.5) * 0.8)
 
 
 _Ground = Callable[[Plane, Plane, np.random.Generator], Picture]
@@ -239,17 +243,17 @@ def _mr_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Pict
     bias = 1 + 0.22 * (
         np.cos(angle) * (x / _REFERENCE - 0.5) + np.sin(angle) * (y / _REFERENCE - 0.5)
     )
-    noise = rng.normal(0, 8, (2, *x.shape, 1)).astype(np.float32)
+    noise = rng.normal(0, 6, (2, *x.shape, 1)).astype(np.float32)
     return np.asarray(np.hypot(p * bias[..., None] + noise[0], noise[1]), dtype=np.float32)
 
 
 def _xray_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
-    return _noise(_blur(p, 0.7), 4, rng)
+    return _noise(_blur(p, 0.5), 4, rng)
 
 
 def _ultrasound_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
     """Speckle multiplies; only the probe's fan is seen."""
-    speckle = _blur(rng.gamma(7, 12.5, (*x.shape, 1)).astype(np.float32).repeat(3, 2), 0.6) / 88
+    speckle = _blur(rng.gamma(9, 9.8, (*x.shape, 1)).astype(np.float32).repeat(3, 2), 0.6) / 88
     fan = np.abs(np.arctan2(x - _REFERENCE / 2, y + 22)) - 0.60
     reach = np.maximum(fan * 50, np.hypot(x - _REFERENCE / 2, y + 22) - 103)
     return np.asarray(p * speckle * _inside(reach, 0.7)[..., None] + 2, dtype=np.float32)
@@ -260,7 +264,7 @@ def _dermoscopy_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator)
     for _ in range(3):
         slope, start, bend = rng.uniform(-0.5, 0.5), rng.uniform(0, _REFERENCE), rng.uniform(-4, 4)
         hair = _plane(np.abs(y - start - slope * x - bend * np.sin(x / 17)))
-        p = _paint(p, (58, 34, 28), _inside(hair - 0.35, 0.35) * 0.8)
+        p = _paint(p, (58, 34, 28), _inside(hair - 0.3, 0.3) * 0.6)
     lens = 0.35 + 0.65 * _inside(_middle(x, y) - 47, 4.0)
     return _noise(p * lens[..., None], 6, rng, grey=False)
 
@@ -277,11 +281,7 @@ def _oct_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Pic
 
 
 def _microscopy_finish(p: Picture, x: Plane, y: Plane, rng: np.random.Generator) -> Picture:
-    """Stained cells: a crowd of small purple nuclei."""
-    cells = np.full(x.shape, 99, dtype=np.float32)
-    for cx, cy in rng.uniform(0, _REFERENCE, (70, 2)):
-        cells = _plane(np.minimum(cells, np.hypot(x - cx, y - cy)))
-    return _noise(_paint(p, (132, 84, 160), _inside(cells - 1.1, 0.5) * 0.75), 5, rng, grey=False)
+    return _noise(p, 6, rng, grey=False)
 
 
 _Finish = Callable[[Picture, Plane, Plane, np.random.Generator], Picture]
