@@ -60,7 +60,8 @@ def load_prompts(
 
 def share_root(*loaded: LoadedPrompts) -> tuple[LoadedPrompts, ...]:
     """Make the image paths of several splits relative to one root, for one `ImageStore`."""
-    roots = [os.path.abspath(one.image_root) for one in loaded]
+    # Links resolved: below the common root, a linked split would look like a way out of it.
+    roots = [os.path.realpath(one.image_root) for one in loaded]
     root = os.path.commonpath(roots)
     return tuple(
         replace(one, image_root=Path(root), prompts=_moved(one.prompts, os.path.relpath(own, root)))

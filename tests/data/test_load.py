@@ -148,11 +148,21 @@ def test_two_splits_can_share_one_root_and_one_store(tmp_path: Path) -> None:
     test = load(write(tmp_path / "test", {"image": "a.png"}))
     Image.new("L", (90, 30)).save(tmp_path / "test" / "a.png")
     train, test = share_root(train, test)
-    assert train.image_root == test.image_root == tmp_path
+    assert train.image_root == test.image_root == tmp_path.resolve()
     store = ImageStore(tmp_path, 28 * 28 * 64, 28)
     (of_train,), (of_test,) = train.prompts[0].images, test.prompts[0].images
     assert store.load(of_train).width == store.load(of_train).height
     assert store.load(of_test).width > store.load(of_test).height
+
+
+def test_a_split_that_is_a_link_can_share_a_root(tmp_path: Path) -> None:
+    write(tmp_path / "far", MIXED[0])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "far")
+    train = load(tmp_path / "data" / "train" / "rows.jsonl")
+    test = load(write(tmp_path / "data" / "test", MIXED[0]))
+    for split in share_root(train, test):
+        assert ImageStore(split.image_root, 28 * 28 * 64, 28).load(split.prompts[0].images[0])
 
 
 def test_one_root_is_left_as_it_is(tmp_path: Path) -> None:
