@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from medrl.actors.engine import Engine
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
 from medrl.configs.errors import EngineError, MedrlError
 
@@ -19,13 +20,12 @@ _CLOSE_S = 6.0  # for vLLM to end its processes; then the actor is killed
 class EngineActor:
     """Shell of `VllmEngine` in a Ray process; built by `create_engine`."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    _engine: Engine
+
+    async def start(self, settings: Mapping[str, Any]) -> None:
         from medrl.actors.vllm_engine import VllmEngine
 
         self._engine = VllmEngine(**settings)
-
-    async def ready(self) -> None:
-        """Answers once the engine is up."""
 
     async def generate(self, request: RolloutRequest) -> Group:
         return await self._engine.generate(request)
@@ -63,17 +63,11 @@ async def create_engine(
     come up. Raises `EngineError`, also past `timeout_s`.
     """
     index: int = settings["index"]
-    actor = ray.remote(EngineActor).options(**options).remote(settings)
-    engine = RayEngine(actor, index, rollout_timeout_s(settings), call_timeout_s)
+    actor = ray.remote(EngineActor).options(**options).remote()
+    engine = RayEngine(actor, index, settings["rollout"].timeout_s, call_timeout_s)
     on_created(engine)
-    await engine.answer("start", actor.ready.remote, timeout_s)
+    await engine.answer("start", actor.start.remote, timeout_s, settings)
     return engine
-
-
-def rollout_timeout_s(settings: Mapping[str, Any]) -> float:
-    """A group not finished by then is an engine failure."""
-    seconds: float = settings["rollout"].timeout_s
-    return seconds
 
 
 class RayEngine:
