@@ -58,6 +58,9 @@ class VllmEngine:
         self._sleeps = colocated and device == "gpu"
         self._scratch = tempfile.TemporaryDirectory(prefix=f"medrl-engine-{index}-")
         self._log = log_path or Path(self._scratch.name) / "vllm.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.touch()
+        self._log_start = self._log.stat().st_size  # an earlier run may have written there
         self._llm: Any = None
         self._open = asyncio.Event()  # set: serving
         self._idle = asyncio.Event()  # set: no request runs
@@ -193,7 +196,7 @@ class VllmEngine:
             completions=tuple(self._completion(one) for one in output.outputs),
             engine=self._index,
             seconds=time.perf_counter() - started,
-            cached_prompt_tokens=output.num_cached_tokens or 0,
+            cached_prompt_tokens=_cached_tokens(output),
         )
 
     def _prompt_length(
@@ -242,10 +245,15 @@ class VllmEngine:
         )
 
     def _log_tail(self) -> str:
-        if not self._log.exists():
-            return ""
-        tail = self._log.read_text(errors="replace")[-_LOG_TAIL_CHARS:].strip()
-        return f"\nvLLM's log ends with:\n{tail}" if tail else ""
+        tail = self._log.read_bytes()[self._log_start :][-_LOG_TAIL_CHARS:].decode(errors="replace")
+        return f"\nvLLM's log ends with:\n{tail.strip()}" if "Error" in tail else ""
+
+
+def _cached_tokens(output: Any) -> int:
+    """Of G*T, a lower bound: vLLM tells of the completion that ended last only. All but the one
+    that was started first find at least as much."""
+    cached: int = (output.num_cached_tokens or 0) * max(1, len(output.outputs) - 1)
+    return cached
 
 
 def _engine_options(
@@ -333,7 +341,6 @@ def _output_to(path: Path) -> Iterator[None]:
 
     vLLM's processes write through Python's logging, C++ and progress bars: only this silences all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

@@ -6,8 +6,8 @@ Two invariants live here:
 - *The order of a push*: pause (requests end, caches are cleared), update, canary, resume. It ends
   before the caller goes on, so no optimiser step changes weights that are on their way.
 
-    pause all -> learner.send ‖ engine.receive -> digests equal? -> canary: |engine - learner| small?
-              -> resume all -> Receipt
+    pause all -> learner.send ‖ engine.receive -> digests equal?
+              -> canary: |engine - learner| small? -> resume all -> Receipt
 
 The digests prove what arrived; the canary, a prompt with an image, that it is what the engine now
 computes with: stale caches and stale packed weights show nowhere else.
@@ -16,6 +16,7 @@ computes with: stale caches and stale packed weights show nowhere else.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, Literal
@@ -179,12 +180,15 @@ def first_difference(sent: Mapping[str, str], received: Mapping[str, str]) -> st
 
 
 def logprob_gap(group: Group, logprobs: tuple[tuple[float, ...], ...]) -> float:
-    """Largest difference over all tokens of all completions, nats; `logprobs` is [G][C]."""
-    return max(
+    """Largest difference over all tokens of all completions, nats; not a number if one is not.
+
+    `logprobs` is [G][C]."""
+    gaps = [
         abs(engine - learner)
         for completion, row in zip(group.completions, logprobs, strict=True)
         for engine, learner in zip(completion.logprobs, row, strict=True)
-    )
+    ]
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def _reason(failure: BaseException, deadline: float) -> str:

@@ -1,0 +1,215 @@
+"""The gloo transport without vLLM's engine: real sender, real receivers, real sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from medrl.actors.gloo_receiver import GlooReceiver
+from medrl.actors.types import Sent, SyncPlan, WeightMeta
+from medrl.actors.wire import ALIGNMENT, buffer_bytes, digest, split_buckets, views
+from medrl.configs.errors import WeightSyncError
+from medrl.learner.transports import GlooSender, open_sender
+from medrl.learner.weight_source import ModuleSource
+
+pytestmark = pytest.mark.engines  # imports vLLM
+
+
+def module(seed: int = 0) -> nn.Module:
+    """Odd shapes and two types, so that nothing is aligned by luck."""
+    generator = torch.Generator().manual_seed(seed)
+    holder = nn.Module()
+    for number, (shape, dtype) in enumerate(
+        [((3,), torch.bfloat16), ((7, 5), torch.float32), ((1,), torch.bfloat16), ((40, 33), None)]
+    ):
+        value = torch.randn(shape, generator=generator).to(dtype or torch.float32)
+        holder.register_parameter(f"w{number}", nn.Parameter(value))
+    return holder
+
+
+class Loaded:
+    """Stands for vLLM's model: keeps what it is given, as views, until all has arrived."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.tensors.update(weights)
+
+
+def receiver() -> tuple[GlooReceiver, Loaded]:
+    loaded = Loaded()
+    config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0), model_config=None)
+    return GlooReceiver(None, config, torch.device("cpu"), loaded), loaded
+
+
+def plan(engines: int, *, bucket_bytes: int = 256, timeout_s: float = 10.0) -> SyncPlan:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return SyncPlan(
+        transport="gloo",
+        address="127.0.0.1",
+        port=port,
+        world_size=1 + engines,
+        bucket_bytes=bucket_bytes,
+        timeout_s=timeout_s,
+    )
+
+
+def join(one: GlooReceiver, agreed: SyncPlan, rank: int) -> None:
+    info = asdict(agreed) | {"rank": rank}
+    info.pop("transport")
+    one.init_transfer_engine(one.parse_init_info(info))
+
+
+def update_info(weights: Sequence[WeightMeta], path: Path) -> dict[str, Any]:
+    return {
+        "names": [meta.name for meta in weights],
+        "dtype_names": [meta.dtype for meta in weights],
+        "shapes": [list(meta.shape) for meta in weights],
+        "digests_path": str(path),
+    }
+
+
+def transfer(
+    sent_from: nn.Module, folder: Path, *, bucket_bytes: int, kind: type[GlooSender] = GlooSender
+) -> tuple[Sent, list[Loaded], list[dict[str, str]]]:
+    """From one sender to two receivers, twice: a group serves many pushes."""
+    agreed, source = plan(2, bucket_bytes=bucket_bytes), ModuleSource(sent_from)
+    pairs = [receiver(), receiver()]
+    paths = [folder / "a.json", folder / "b.json"]
+    with ThreadPoolExecutor(3) as threads:
+        joins = [
+            threads.submit(join, one, agreed, rank) for rank, (one, _) in enumerate(pairs, start=1)
+        ]
+        sender = kind(agreed, 0, source)
+        for joined in joins:
+            joined.result()
+        for _ in range(2):
+            sending = threads.submit(sender.send)
+            receiving = [
+                threads.submit(one.update_weights, update_info(source.metadata(), path))
+                for (one, _), path in zip(pairs, paths, strict=True)
+            ]
+            for future in receiving:
+                future.result()
+            sent = sending.result()
+        sender.close()
+    return sent, [loaded for _, loaded in pairs], [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 256, 10**6], ids=["a tensor each", "some", "one"])
+def test_every_engine_gets_every_tensor_bit_for_bit(bucket_bytes: int, tmp_path: Path) -> None:
+    original = module()
+    sent, models, digests = transfer(original, tmp_path, bucket_bytes=bucket_bytes)
+    assert sent.tensors == 4
+    assert sent.bytes == 3 * 2 + 35 * 4 + 1 * 2 + 40 * 33 * 4
+    for loaded, received in zip(models, digests, strict=True):
+        assert received == sent.digests
+        for name, parameter in original.named_parameters():
+            assert loaded.tensors[name].dtype == parameter.dtype
+            assert torch.equal(loaded.tensors[name], parameter)
+
+
+class FlipsOneBit(GlooSender):
+    """Breaks the first byte of every bucket on its way."""
+
+    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
+        buffer[0] ^= 1
+        super()._broadcast(number, buffer)
+
+
+def test_one_flipped_bit_shows_in_that_tensors_digest_alone(tmp_path: Path) -> None:
+    sent, _, digests = transfer(module(), tmp_path, bucket_bytes=10**6, kind=FlipsOneBit)
+    for received in digests:
+        assert [name for name in sent.digests if received[name] != sent.digests[name]] == ["w0"]
+
+
+def test_a_digest_is_of_bytes_and_sees_order() -> None:
+    one = torch.tensor([1.0, 2.0, 3.0])
+    assert digest(one) == digest(one.clone()) == digest(one.view(3, 1))
+    assert digest(one) != digest(one.flip(0))
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
+
+
+def test_buckets_hold_whole_tensors_in_order_and_respect_their_size() -> None:
+    weights = ModuleSource(module()).metadata()
+    buckets = list(split_buckets(weights, 256))
+    assert [meta for bucket in buckets for meta in bucket] == list(weights)
+    assert all(len(bucket) == 1 or buffer_bytes(bucket) <= 256 for bucket in buckets)
+    bucket = list(weights)
+    buffer = torch.zeros(buffer_bytes(bucket), dtype=torch.uint8)
+    starts = [view.data_ptr() - buffer.data_ptr() for view in views(bucket, buffer)]
+    assert starts == sorted(starts)
+    assert all(start % ALIGNMENT == 0 for start in starts)
+
+
+def test_an_engine_that_never_joins_is_named_before_long() -> None:
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"not all of 1 engine\(s\) joined .* within 1 s"):
+        open_sender(plan(1, timeout_s=1.0), 0, ModuleSource(module()))
+    assert time.monotonic() - began < 10
+
+
+def test_an_engine_that_stops_receiving_ends_the_send_within_its_deadline(tmp_path: Path) -> None:
+    big = nn.Module()
+    big.register_parameter("w", nn.Parameter(torch.zeros(16 * 2**20)))  # more than sockets buffer
+    agreed = plan(1, timeout_s=2.0)
+    one, _ = receiver()
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(join, one, agreed, 1)
+        sender = open_sender(agreed, 0, ModuleSource(big))
+        joining.result()
+    began = time.monotonic()
+    with pytest.raises(WeightSyncError, match=r"sending bucket 0 to 1 engine\(s\) failed"):
+        sender.send()
+    assert time.monotonic() - began < 10
+
+
+def test_a_learner_that_stops_sending_ends_the_receiving_within_its_deadline(
+    tmp_path: Path,
+) -> None:
+    agreed, source = plan(1, timeout_s=2.0), ModuleSource(module())
+    one, _ = receiver()
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(join, one, agreed, 1)
+        sender = open_sender(agreed, 0, source)
+        joining.result()
+        sender.close()
+        with pytest.raises(RuntimeError, match="bucket 0 from the learner"):
+            one.update_weights(update_info(source.metadata(), tmp_path / "x.json"))
+    assert not (tmp_path / "x.json").exists()  # nothing half-received is vouched for
+
+
+def test_a_rank_that_does_not_send_still_gathers_every_bucket() -> None:
+    gathered: list[list[nn.Parameter]] = []
+
+    class Gather:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            gathered.append(parameters)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    model = module()
+    source = ModuleSource(model, Gather)
+    sender = open_sender(plan(1, bucket_bytes=256), 3, source)
+    assert sender.send().digests == {}
+    assert [len(bucket) for bucket in gathered] == [
+        len(bucket) for bucket in split_buckets(source.metadata(), 256)
+    ]
+    assert [*chain.from_iterable(gathered)] == list(model.parameters())

@@ -1,0 +1,205 @@
+"""The engine's promises: explicit sampling, forbidden tokens, pausing, and weights that arrive.
+
+The three traps of a sync are each shown with their mend taken out: the canary or the digests must
+then refuse the push.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from conftest import MAX_MODEL_LEN, Live
+from reference import LONG, Reference, request
+
+from medrl.actors.types import Sent, SyncPlan
+from medrl.configs.errors import UserError, WeightSyncError
+from medrl.learner.transports import GlooSender
+from medrl.learner.weight_source import ModuleSource
+
+pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="session")]
+one_family = pytest.mark.parametrize("started", ["qwen2_vl"], indirect=True)
+part_changed = pytest.mark.parametrize("part", ["", "visual"], ids=["all", "only the tower"])
+
+
+@one_family
+async def test_each_completion_has_its_own_stream_and_a_seed_repeats_it(live: Live) -> None:
+    first, again, next_draw, shifted = [
+        tuple(completion.token_ids for completion in group.completions)
+        for group in await asyncio.gather(
+            *(live.generate(request(seed=seed)) for seed in (0, 0, 4, 1))
+        )
+    ]
+    # The folder's own defaults (top_k = 1, temperature = 0.01) would make all of them equal.
+    assert len({*first, *next_draw}) == 8
+    assert first == again
+    # Why draws are spaced by G: completion i draws from seed + i.
+    assert shifted[:3] == first[1:]
+
+
+@one_family
+async def test_no_completion_holds_a_vision_token_even_if_the_model_wants_one(live: Live) -> None:
+    reference = live.reference
+    image_pad = reference.model.config.image_token_id
+    group = await live.generate(request(n=1, max_tokens=1, temperature=0.0))
+    inputs = reference.inputs(group)
+    with torch.no_grad():
+        hidden = reference.model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        # Its own embedding is never read: pixels take its place.
+        reference.model.lm_head.weight[image_pad] = 30 * hidden / hidden.square().sum()
+        wanted = reference.model(**inputs).logits[0, -1].softmax(-1)[image_pad]
+    assert wanted > 0.9
+    await live.push()
+    group = await live.generate(request(n=16))
+    tokens = {token for completion in group.completions for token in completion.token_ids}
+    assert not tokens & set(reference.forbidden)
+    assert live.gap(group) < 1e-4
+
+
+@one_family
+async def test_a_prompt_too_long_is_refused_and_never_cut(live: Live) -> None:
+    asked = request(text=LONG * 20, max_tokens=8)
+    with pytest.raises(UserError, match=rf"0\.png/0 .*{MAX_MODEL_LEN} leaves {MAX_MODEL_LEN - 8}"):
+        await live.generate(asked)
+    # The longest that fits is not cut either: all its tokens are there.
+    group = await live.generate(request(n=2, max_tokens=MAX_MODEL_LEN - 200, text="Yes? "))
+    assert all(
+        len(completion.token_ids) == MAX_MODEL_LEN - 200 or completion.finish_reason == "stop"
+        for completion in group.completions
+    )
+
+
+@one_family
+async def test_the_end_token_is_kept_and_only_where_it_stopped(live: Live) -> None:
+    end = live.reference.processor.tokenizer.eos_token_id
+    group = await live.generate(request(n=64, max_tokens=100))
+    assert {completion.finish_reason for completion in group.completions} == {"stop", "length"}
+    for completion in group.completions:
+        stopped = completion.finish_reason == "stop"
+        assert (completion.token_ids[-1] == end) == stopped
+        assert completion.token_ids.count(end) == stopped
+        assert len(completion.token_ids) == 100 or stopped
+
+
+@one_family
+async def test_a_pause_lets_running_groups_end_and_keeps_new_ones_waiting(live: Live) -> None:
+    running = asyncio.create_task(live.generate(request(n=2, max_tokens=200)))
+    await asyncio.sleep(0.05)
+    await live.engine.pause()
+    assert running.done()
+    waiting = asyncio.create_task(live.generate(request()))
+    await live.engine.canary(request(n=1))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    await live.engine.resume(7)
+    assert (await waiting).version == 7
+    assert (await running).version == live.version
+
+
+@part_changed
+async def test_an_update_reaches_prompts_seen_before(live: Live, part: str) -> None:
+    before = await live.generate(request())
+    live.reference.change(part, 0.05)
+    assert live.gap(before) > 1e-3  # so a stale answer would show
+    receipt = await live.push()
+    assert receipt.digests_equal
+    assert receipt.canary_gap < 1e-4
+    after = await live.generate(request())
+    assert after.version == live.version
+    assert live.gap(after) < 1e-4
+
+
+@part_changed
+async def test_trap_1_without_clearing_caches_the_push_fails(live: Live, part: str) -> None:
+    live.engine.clears_caches = False
+    live.reference.change(part, 0.05)
+    with pytest.raises(WeightSyncError, match="other weights than it was given"):
+        await live.push()
+
+
+async def test_trap_2_without_packing_a_tied_head_anew_the_push_fails(live: Live) -> None:
+    await live.engine.set_head_repacking(False)
+    live.reference.change("", 0.05)
+    if live.tied:
+        with pytest.raises(WeightSyncError, match="other weights than it was given"):
+            await live.push()
+    else:
+        assert (await live.push()).canary_gap < 1e-4
+
+
+class FlipsOneBit(GlooSender):
+    """One bit changes between the sender's digest and the wire: too little for the canary."""
+
+    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
+        if number == 0:
+            buffer[0] ^= 1
+        super()._broadcast(number, buffer)
+
+
+class Flipping(Reference):
+    """Sends through `FlipsOneBit`."""
+
+    async def open_transfer(self, plan: SyncPlan) -> None:
+        source = ModuleSource(self.model)
+        self._sender = await asyncio.to_thread(FlipsOneBit, plan, 0, source)
+
+
+@one_family
+async def test_trap_3_what_arrived_is_compared_with_what_left(live: Live) -> None:
+    live.reference.__class__ = Flipping
+    first = (await live.reference.weights())[0].name
+    try:
+        live.sync = live.new_sync()
+        with pytest.raises(WeightSyncError, match=f"engine 0 received other weights.*{first}"):
+            await live.push()
+        # Without the comparison nothing would show: the canary's gap stays below its limit.
+        group = await live.engine.canary(request(n=1, temperature=0.0))
+        assert live.gap(group) < 1e-4
+    finally:
+        live.reference.__class__ = Reference
+        live.sync = live.new_sync()
+
+
+class BreaksOff(GlooSender):
+    """The learner fails after the first bucket."""
+
+    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
+        if number == 1:
+            self._group.shutdown()
+            raise WeightSyncError("sync: the learner's host went away")
+        super()._broadcast(number, buffer)
+
+
+class Breaking(Reference):
+    """Sends through `BreaksOff`."""
+
+    async def open_transfer(self, plan: SyncPlan) -> None:
+        source = ModuleSource(self.model)
+        self._sender = await asyncio.to_thread(BreaksOff, plan, 0, source)
+
+    async def send(self) -> Sent:
+        try:
+            return await super().send()
+        finally:
+            self._sender = None
+
+
+@one_family
+async def test_a_push_that_broke_off_leaves_no_engine_serving_and_can_be_repeated(
+    live: Live,
+) -> None:
+    live.reference.change("", 0.05)
+    live.reference.__class__ = Breaking
+    try:
+        live.sync = live.new_sync(timeout_s=5, bucket_bytes=64 * 1024)
+        with pytest.raises(WeightSyncError, match=r"learner: .*went away.*engine 0: .*bucket"):
+            await live.push()
+    finally:
+        live.reference.__class__ = Reference
+    waiting = asyncio.create_task(live.generate(request()))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    live.sync = live.new_sync()
+    assert (await live.push()).canary_gap < 1e-4
+    assert live.gap(await waiting) < 1e-4

@@ -1,0 +1,317 @@
+"""The order of a push, and that no engine serves a version that was not proved to it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from medrl.actors.types import (
+    Completion,
+    Group,
+    Prompt,
+    RolloutRequest,
+    Sampling,
+    Sent,
+    SyncPlan,
+    WeightMeta,
+)
+from medrl.cluster.sync import Sync, first_difference
+from medrl.configs.errors import EngineError, UserError, WeightSyncError
+
+WEIGHTS = (
+    WeightMeta(name="embed", dtype="float32", shape=(4, 2)),
+    WeightMeta(name="head", dtype="float32", shape=(4,)),
+)
+DIGESTS = {"embed": "aa", "head": "bb"}
+PROMPT = Prompt(
+    id="canary",
+    question="?",
+    options=(),
+    answer="a",
+    images=(),
+    modality="",
+    question_type="",
+    source="",
+)
+CANARY = RolloutRequest(
+    draw=0,
+    prompt=PROMPT,
+    text="?",
+    sampling=Sampling(num_completions=1, max_tokens=2, temperature=0),
+    seed=0,
+)
+
+
+@dataclass
+class Journal:
+    """Who was called, in order, by both sides."""
+
+    calls: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Obeys the protocol and writes down its calls; `faults` maps a method to what it does."""
+
+    def __init__(self, name: str, journal: Journal) -> None:
+        self.name, self.journal = name, journal
+        self.faults: dict[str, Any] = {}
+        self.digests: Mapping[str, str] = DIGESTS
+        self.logprob = -1.0
+        self.rank = 0
+        self.version: int | None = None
+
+    async def _call(self, method: str) -> None:
+        self.journal.calls.append(f"{self.name}.{method}")
+        await asyncio.sleep(0)
+        fault = self.faults.get(method)
+        if isinstance(fault, Exception):
+            raise fault
+        if fault == "hang":
+            await asyncio.Event().wait()
+
+    async def pause(self) -> None:
+        await self._call("pause")
+        self.version = None
+
+    async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
+        await self._call("open")
+        self.rank, self.plan = rank, plan
+
+    async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+        await self._call("receive")
+        assert tuple(weights) == WEIGHTS
+        return self.digests
+
+    async def canary(self, request: RolloutRequest) -> Group:
+        await self._call("canary")
+        completion = Completion(
+            token_ids=(1, 2),
+            logprobs=(-1.0, self.logprob),
+            text="",
+            finish_reason="length",
+            version=0,
+        )
+        return Group(
+            request=request,
+            prompt_token_ids=(1,),
+            image_hashes=(),
+            completions=(completion,),
+            engine=0,
+            seconds=0,
+        )
+
+    async def resume(self, version: int) -> None:
+        await self._call("resume")
+        self.version = version
+
+    async def generate(self, request: RolloutRequest) -> Group:
+        raise AssertionError("a sync generates nothing but canaries")
+
+    async def close(self) -> None: ...
+
+
+class Learner:
+    """The half of the protocol that a sync uses. Its calls must never overlap."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.faults: dict[str, Any] = {}
+        self.busy = False
+
+    async def _call(self, method: str) -> None:
+        assert not self.busy, f"{method} while another call runs"
+        self.busy = True
+        self.journal.calls.append(f"learner.{method}")
+        await asyncio.sleep(0)
+        self.busy = False
+        if fault := self.faults.get(method):
+            raise fault
+
+    async def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
+        await self._call("logprobs")
+        return ((-1.0, -1.0),)
+
+    async def weights(self) -> tuple[WeightMeta, ...]:
+        await self._call("weights")
+        return WEIGHTS
+
+    async def transfer_address(self) -> tuple[str, int]:
+        await self._call("address")
+        return "host", 1234
+
+    async def open_transfer(self, plan: SyncPlan) -> None:
+        await self._call("open")
+        self.plan = plan
+
+    async def send(self) -> Sent:
+        await self._call("send")
+        return Sent(tensors=2, bytes=48, digests=DIGESTS, seconds=0.1)
+
+
+class System:
+    """A sync of a learner and two engines."""
+
+    def __init__(self, engines: int = 2, **changes: Any) -> None:
+        self.journal = Journal()
+        self.engines = {index: Engine(f"e{index}", self.journal) for index in range(engines)}
+        self.learner = Learner(self.journal)
+        settings: dict[str, Any] = {"transport": "gloo", "max_gap": 1e-4, "timeout_s": 5.0}
+        self.sync = Sync(
+            engines=self.engines,
+            learner=self.learner,  # type: ignore[arg-type]
+            canary=CANARY,
+            **(settings | changes),
+        )
+
+    def serving(self) -> list[int | None]:
+        return [engine.version for engine in self.engines.values()]
+
+
+def phases(calls: Sequence[str]) -> list[set[str]]:
+    """Calls in order, those of one kind side by side as one set."""
+    kinds = {"receive": "transfer", "send": "transfer", "address": "ask", "weights": "ask"}
+    found: list[tuple[str, set[str]]] = []
+    for call in calls:
+        method = call.split(".")[1]
+        kind = kinds.get(method, method)
+        if not found or found[-1][0] != kind:
+            found.append((kind, set()))
+        found[-1][1].add(call)
+    return [names for _, names in found]
+
+
+async def test_a_push_pauses_moves_proves_and_only_then_resumes() -> None:
+    system = System()
+    await system.sync.open()
+    system.journal.calls.clear()
+    receipt = await system.sync.push(version=3, step=3)
+    assert phases(system.journal.calls) == [
+        {"e0.pause", "e1.pause"},
+        {"learner.send", "e0.receive", "e1.receive"},
+        {"e0.canary", "e1.canary"},
+        {"learner.logprobs"},
+        {"e0.resume", "e1.resume"},
+    ]
+    assert system.serving() == [3, 3]
+    assert (receipt.version, receipt.step, receipt.engines) == (3, 3, 2)
+    assert (receipt.tensors, receipt.bytes, receipt.digests_equal) == (2, 48, True)
+    assert receipt.canary_gap == 0
+    assert 0 <= receipt.seconds_transfer <= receipt.seconds
+
+
+async def test_opening_gives_each_engine_a_rank_of_its_own_and_all_the_same_plan() -> None:
+    system = System(engines=3, workers_per_engine=2, timeout_s=7.0)
+    await system.sync.open()
+    assert [engine.rank for engine in system.engines.values()] == [1, 2, 3]
+    plan = system.learner.plan
+    assert all(engine.plan == plan for engine in system.engines.values())
+    assert (plan.address, plan.port, plan.timeout_s) == ("host", 1234, 7.0)
+    assert plan.world_size == 1 + 3 * 2  # vLLM's workers join, not engines
+
+
+async def test_a_group_is_formed_once_and_again_only_when_membership_changes() -> None:
+    system = System()
+    for version in range(3):
+        await system.sync.push(version, version)
+    assert system.journal.calls.count("learner.open") == 1
+    system.engines[1] = Engine("new", system.journal)  # engine 1 was restarted
+    await system.sync.push(3, 3)
+    assert system.journal.calls.count("learner.open") == 2
+    assert system.serving() == [3, 3]
+    del system.engines[0]
+    receipt = await system.sync.push(4, 4)
+    assert receipt.engines == 1
+    assert system.engines[1].plan.world_size == 2
+
+
+async def test_a_digest_that_differs_names_engine_and_first_tensor_and_nobody_serves() -> None:
+    system = System()
+    system.engines[1].digests = {"embed": "aa", "head": "cc"}
+    with pytest.raises(
+        WeightSyncError, match=r"engine 1 received other .* head: sent bb, received cc"
+    ):
+        await system.sync.push(1, 1)
+    assert system.serving() == [None, None]
+    assert not any("canary" in call for call in system.journal.calls)
+
+
+@pytest.mark.parametrize("logprob", [-1.001, math.nan], ids=["gap", "not a number"])
+async def test_a_canary_off_the_learners_logprobs_stops_the_push(logprob: float) -> None:
+    system = System()
+    system.engines[1].logprob = logprob
+    with pytest.raises(WeightSyncError, match=r"engine 1, but on the canary .*0\.0001 is allowed"):
+        await system.sync.push(1, 1)
+    assert system.serving() == [None, None]
+
+
+async def test_the_receipt_tells_the_largest_gap() -> None:
+    system = System(max_gap=0.1)
+    system.engines[0].logprob = -1.03
+    system.engines[1].logprob = -0.95
+    assert (await system.sync.push(1, 1)).canary_gap == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"),
+    [
+        ("pause", "pausing"),
+        ("open", "joining the transfer group"),
+        ("receive", "moving weights"),
+        ("canary", "sampling the canary"),
+        ("resume", "resuming"),
+    ],
+)
+async def test_an_engine_that_hangs_is_named_with_the_phase(
+    method: str, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medrl.cluster.sync._GRACE_S", 0.0)
+    system = System(timeout_s=0.05)
+    system.engines[1].faults[method] = "hang"
+    with pytest.raises(WeightSyncError, match=rf"{phase} failed. engine 1: no answer within 0.05"):
+        await system.sync.push(1, 1)
+    assert None in system.serving()
+
+
+async def test_after_a_failed_push_a_new_group_is_formed_and_the_push_can_be_repeated() -> None:
+    system = System()
+    await system.sync.push(0, 0)
+    system.engines[0].faults["receive"] = EngineError("engine 0 died")
+    with pytest.raises(WeightSyncError, match=r"moving weights failed\. engine 0: engine 0 died"):
+        await system.sync.push(1, 1)
+    assert system.serving() == [None, None]
+    system.engines[0].faults.clear()
+    await system.sync.push(1, 1)
+    assert system.serving() == [1, 1]
+    assert system.journal.calls.count("learner.open") == 2
+
+
+async def test_an_error_of_both_sides_tells_both() -> None:
+    system = System()
+    system.learner.faults["send"] = WeightSyncError("bucket 3 timed out")
+    system.engines[1].faults["receive"] = WeightSyncError("bucket 2 timed out")
+    with pytest.raises(WeightSyncError, match=r"learner: bucket 3 .* engine 1: bucket 2 timed out"):
+        await system.sync.push(1, 1)
+
+
+async def test_a_users_mistake_stays_one() -> None:
+    system = System()
+    system.engines[0].faults["canary"] = UserError("the canary prompt is too long")
+    with pytest.raises(UserError, match="too long"):
+        await system.sync.push(1, 1)
+
+
+async def test_without_engines_there_is_nothing_to_sync_with() -> None:
+    with pytest.raises(WeightSyncError, match="no engine"):
+        await System(engines=0).sync.push(1, 1)
+
+
+def test_first_difference_sees_missing_changed_and_extra_tensors() -> None:
+    assert first_difference({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) == ""
+    assert first_difference({"a": "1", "b": "2"}, {"a": "1"}) == "b: sent 2, received nothing"
+    assert first_difference({"a": "1"}, {"a": "2"}) == "a: sent 1, received 2"
+    assert first_difference({}, {"c": "3"}) == "c: received, but never sent"
