@@ -59,9 +59,7 @@ def _serve(link: socket.socket, rewards: Rewards) -> None:
     process = os.getpid()
     for number, completion in message["items"]:
         score = rewards.score(prompts[number], completion)
-        if (
-            os.getpid() != process
-        ):  # a reward forked, and this is its child: it has no business here
+        if os.getpid() != process:  # a reward forked and returned, and this is the child
             os._exit(0)
         link.sendall(pack(asdict(score)))
 

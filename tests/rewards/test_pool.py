@@ -103,9 +103,10 @@ async def test_noise_and_forks_harm_nothing(make_prompt, action):
     with RewardPool(BEHAVE, "no-think", 1, 20.0) as pool:
         scores = await pool.score(make_prompt(), ["fine", action, "fine"])
         assert [score.outcome for score in scores] == ["ok"] * 3
-        # a forked child that answered too would shift the answers of the next group
-        scores = await pool.score(make_prompt(), ["raise", "fine", "raise"])
-        assert [score.outcome for score in scores] == ["error", "ok", "error"]
+        for _ in range(3):  # a forked child that answered too would shift all later answers
+            await asyncio.sleep(0.1)
+            scores = await pool.score(make_prompt(), ["raise", "fine", "raise"])
+            assert [score.outcome for score in scores] == ["error", "ok", "error"]
 
 
 async def test_nothing_is_left_after_close_not_even_what_rewards_started(make_prompt):
@@ -162,7 +163,7 @@ def test_processes_die_with_a_driver_that_is_killed(tmp_path):
     driver = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert driver.stdout is not None
     with driver:
