@@ -113,8 +113,10 @@ async def test_nothing_is_left_after_close_not_even_what_rewards_started(make_pr
     with RewardPool(BEHAVE, "no-think", 2, 5.0) as pool:
         scores = await pool.score(make_prompt(), ["leave_children", "fine"])
         assert [score.outcome for score in scores] == ["ok", "ok"]
+        # Two workers, a child, and one that left the group; a program that has only just started
+        # shows no environment yet.
+        assert until(lambda: len(family(pool)) == 4)
         started = family(pool)
-        assert len(started) == 4  # two workers, a child, and one that left the group
         assert set(pool.pids) < started
     assert until(lambda: not any(map(alive, started)))
     pool.close()  # safe twice
