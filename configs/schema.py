@@ -136,6 +136,8 @@ class LearnerConfig(Section):
     batch (DAPO); or the sum over rollout.max_tokens (Dr. GRPO)."""
     kl_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Weight of KL to the starting model (k3 estimate); 0 loads no reference."""
+    kl_gradient: Literal["unbiased", "paper"] = "unbiased"
+    """k3 times the ratio, whose gradient is the KL's own (TRL's default), or k3 alone (GRPO)."""
     importance_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Truncation of the sampler-to-learner importance weight; 0: off. Needed for staleness > 0."""
 

@@ -6,7 +6,6 @@ tests into a plain one. Every method is a collective: all ranks call it, in the 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -25,6 +24,7 @@ from medrl.configs.errors import CheckpointError, LearnerError
 from medrl.data.images import ImageStore
 from medrl.learner import model as models
 from medrl.learner.batch import RowBatch
+from medrl.learner.checkpoint import LearnerState, shapes
 from medrl.learner.settings import LearnerSettings
 from medrl.learner.transports import Sender, open_sender
 from medrl.learner.update import Updater
@@ -32,7 +32,6 @@ from medrl.learner.weight_source import ModuleSource
 
 _EXPORT_BUCKET_BYTES = 2**30
 _TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
-_META = "learner.json"
 
 
 class DeepSpeedRank:
@@ -98,12 +97,12 @@ class DeepSpeedRank:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         torch.save(torch.get_rng_state(), folder / f"rng_{self.rank}.pt")
         if self.rank == 0:
-            (folder / _META).write_text(json.dumps(self._meta(), indent=1))
+            self._state().write(folder)
         torch.distributed.barrier()
 
     def load(self, folder: Path) -> None:
-        saved = _read_meta(folder)
-        if problems := _differences(saved, self._meta()):
+        saved = LearnerState.read(folder)
+        if problems := self._state().differences(saved):
             raise CheckpointError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
@@ -112,7 +111,7 @@ class DeepSpeedRank:
             raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
         if path is None:
             raise CheckpointError(f"checkpoint {folder} has no state of DeepSpeed's")
-        self._version = saved["version"]
+        self._version = saved.version
 
     def export(self, folder: Path) -> None:
         state: dict[str, Tensor] = {}
@@ -202,16 +201,16 @@ class DeepSpeedRank:
         )
         return gathered
 
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "version": self._version,
-            "family": self._reader.config.model_type,
-            "dtype": self._settings.dtype,
-            "ranks": self.world,
-            "zero_stage": self._stage,
-            "freeze_vision": self._settings.model.freeze_vision,
-            "tensors": {meta.name: list(meta.shape) for meta in self.weights()},
-        }
+    def _state(self) -> LearnerState:
+        return LearnerState(
+            version=self._version,
+            family=self._reader.config.model_type,
+            dtype=self._settings.dtype,
+            ranks=self.world,
+            zero_stage=self._stage,
+            freeze_vision=self._settings.model.freeze_vision,
+            tensors=shapes(self.weights()),
+        )
 
 
 def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: int) -> Any:
@@ -230,8 +229,10 @@ def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: 
     import deepspeed
     import transformers
 
-    # DeepSpeed calls it under its old name, once a micro-batch.
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+    # DeepSpeed uses old names of collectives; torch says so, once a micro-batch.
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed.*deprecated", category=FutureWarning
+    )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -277,29 +278,3 @@ def _norm(policy: torch.nn.Module) -> Tensor:
     gradients = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
     norm: Tensor = torch.stack(gradients).norm()
     return norm
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = json.loads((folder / _META).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} is broken: {error}") from error
-    return saved
-
-
-def _differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What keeps a checkpoint from fitting, in words."""
-    problems = [
-        f"it has {key} {saved.get(key)}, this run {here[key]}"
-        for key in ("family", "dtype", "ranks", "zero_stage", "freeze_vision")
-        if saved.get(key) != here[key]
-    ]
-    there, mine = saved.get("tensors", {}), here["tensors"]
-    odd = [name for name in sorted(there | mine) if there.get(name) != mine.get(name)]
-    if odd:
-        first = odd[0]
-        problems.append(
-            f"{len(odd)} tensor(s) differ, the first is {first}: "
-            f"{there.get(first, 'absent')} in it, {mine.get(first, 'absent')} here"
-        )
-    return problems

@@ -83,6 +83,7 @@ class Updater:
             clip_high=config.clip_high,
             aggregation=config.aggregation,
             kl_coefficient=config.kl_coefficient,
+            kl_gradient=config.kl_gradient,
             importance_cap=config.importance_cap,
             max_tokens=settings.max_tokens,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from medrl.actors.chat import render_chat
 from medrl.actors.types import (
@@ -21,7 +22,8 @@ from medrl.actors.types import (
     ScoredGroup,
 )
 from medrl.configs.schema import LearnerConfig, ModelConfig
-from medrl.learner.model import PromptReader
+from medrl.learner.batch import RowBatch
+from medrl.learner.model import Policy, PromptReader
 from medrl.learner.settings import LearnerSettings
 
 CORPUS = ["What modality is this image? A) CT B) MRI C) X-ray D) Ultrasound. Answer with a letter."]
@@ -74,8 +76,10 @@ def scored_group(
     failed: Sequence[int] = (),
     text: str = "What modality is this image?",
     version: int = 0,
+    end: int | None = None,
 ) -> ScoredGroup:
-    """Random completions of ordinary tokens; their log-probs are noise, not a policy's."""
+    """Random completions of ordinary tokens; their log-probs are noise, not a policy's. With `end`
+    all but those of 16 tokens, the longest allowed, end in that token."""
     generator = torch.Generator().manual_seed(seed)
     size = len(rewards)
     lengths = lengths or torch.randint(1, 9, (size,), generator=generator).tolist()
@@ -100,15 +104,18 @@ def scored_group(
     ids = reader.processor(text=[chat], images=[one.image for one in loaded] or None)["input_ids"][
         0
     ]
+    drawn = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in lengths]
+    if end is not None:
+        drawn = [ids if len(ids) == 16 else [*ids[:-1], end] for ids in drawn]
     completions = tuple(
         Completion(
-            token_ids=tuple(torch.randint(0, 250, (length,), generator=generator).tolist()),
+            token_ids=tuple(ids),
             logprobs=tuple((-5 - torch.rand(length, generator=generator)).tolist()),
             text="",
             finish_reason="stop",
             version=version,
         )
-        for length in lengths
+        for ids, length in zip(drawn, lengths, strict=True)
     )
     return ScoredGroup(
         group=Group(
@@ -147,3 +154,56 @@ def mixed_batch(reader: PromptReader, *, groups: int = 6, size: int = 4) -> list
             )
         )
     return batch
+
+
+class PlainStepper:
+    """A `Stepper` of one process and plain PyTorch: gradients add up in `policy`, `step` keeps the
+    weights. What DeepSpeed does is compared with it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reader: PromptReader,
+        *,
+        reference: Policy | None = None,
+        before: Policy | None = None,
+    ) -> None:
+        """`before` stands for the policy at the start of the batch, where not `policy`."""
+        self.before = before or policy
+        self.rank, self.world, self.device = 0, 1, torch.device("cpu")
+        self.policy, self.reference, self.reader = policy, reference, reader
+        self.forwards = 0
+
+    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+        self.forwards += 1
+        module = self.policy if torch.is_grad_enabled() else self.before
+        module = self.reference if reference else module
+        assert module is not None
+        scored: tuple[Tensor, Tensor] = module(rows, [self.reader.image(h) for h in rows.images])
+        return scored
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        return float(torch.stack([g.norm() for g in self.gradients().values()]).norm())
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        return values
+
+    def first_error(self, mine: str) -> str:
+        return mine
+
+    def gradients(self) -> dict[str, Tensor]:
+        named = self.policy.vlm.named_parameters()
+        return {name: p.grad for name, p in named if p.grad is not None}
+
+
+def gradient_gap(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Largest relative distance of a tensor's gradients. One tensor that is nearly 0 in both does
+    not count for more than its share of the whole."""
+    assert got.keys() == want.keys()
+    whole = float(torch.stack([g.norm() for g in want.values()]).norm())
+    return max(
+        float((got[name] - want[name]).norm() / (want[name].norm() + 1e-3 * whole)) for name in want
+    )
