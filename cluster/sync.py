@@ -87,12 +87,18 @@ class Sync:
         await self._together("joining the transfer group", joining)
         self._members = members
 
+    async def pause(self) -> dict[int, Engine]:
+        """Stop all engines until a push; returns them. A push does so itself: call it before an
+        update where learner and engines take turns on a GPU."""
+        pool = dict(self._engines)
+        await self._together("pausing", {f"engine {i}": pool[i].pause() for i in pool})
+        return pool
+
     async def push(self, version: int, step: int) -> Receipt:
         """Bring the learner's weights to all engines as `version`. Raises `WeightSyncError`; then
         no engine serves, and the next push forms a new group."""
         started = time.perf_counter()
-        pool = dict(self._engines)
-        await self._together("pausing", {f"engine {i}": pool[i].pause() for i in pool})
+        pool = await self.pause()
         if not pool or pool != self._members:
             await self.open()
         members, self._members = self._members, {}  # only a whole push leaves a group to use again

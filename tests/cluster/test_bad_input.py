@@ -1,0 +1,184 @@
+"""Wrong input ends in clear sentences and exit status 2, before Ray or any engine starts."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from medrl.cluster import cli
+
+
+class Result:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+        self.lines = [line for line in err.splitlines() if line]
+
+
+@pytest.fixture
+def medrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line; Ray must not be started by it."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["medrl", *map(str, arguments)])
+        import ray
+
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(exit_.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path, config_text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(config_text)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path, phantom_folder: Path) -> Path:
+    """A copy of the training phantoms that a test may spoil."""
+    return Path(shutil.copytree(phantom_folder / "train", tmp_path / "spoiled"))
+
+
+def records(data: Path) -> Path:
+    return sorted(data.glob("QA_information/**/*.json"))[0]
+
+
+def check(result: Result, *patterns: str) -> None:
+    assert result.status == 2, result.err
+    assert "Traceback" not in result.err
+    for pattern in patterns:
+        assert re.search(pattern, result.err), (pattern, result.err)
+
+
+CONFIG_MISTAKES = [
+    ("rollout.promts=4", r"rollout\.promts: unknown key; did you mean 'prompts'\?"),
+    ("rollout.prompts='4'", r'rollout\.prompts: got "4", needs'),
+    ("rollout.completions=1", r"rollout\.completions: got 1, needs greater than or equal to 2"),
+    ("learner.learning_rate=nan", r"learner\.learning_rate: got nan, needs a finite number"),
+    ("rollout.prompts=3", r"rollout\.prompts: got 3, needs a multiple of 2"),
+    ("data.mode='no-thnik'", r"data\.mode: got \"no-thnik\", needs"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), CONFIG_MISTAKES)
+def test_a_wrong_key_or_value(medrl, config: Path, override: str, said: str) -> None:
+    check(medrl("train", config, override), said)
+
+
+def test_several_mistakes_are_told_one_a_line(medrl, config: Path) -> None:
+    result = medrl("train", config, *(override for override, _ in CONFIG_MISTAKES[:4]))
+    # The first two name the same section and key twice; all four are told.
+    assert len(result.lines) == 4
+    check(result, *(said for _, said in CONFIG_MISTAKES[:4] if "prompts: got" not in said))
+
+
+def test_missing_config_model_data_and_images(medrl, config: Path, tmp_path: Path) -> None:
+    check(medrl("train", tmp_path / "none.toml"), r"none\.toml does not exist")
+    result = medrl(
+        "train", config, f"model.path={tmp_path / 'nomodel'}", f"data.train={tmp_path / 'nodata'}"
+    )
+    check(result, r"model\.path: .*nomodel", r"data\.train: no such file or folder")
+    assert len(result.lines) == 2
+    check(medrl("train", config, f"data.images={tmp_path / 'noimages'}"), r"no such folder")
+
+
+def test_a_model_of_another_family_and_a_folder_without_a_model(
+    medrl, config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    check(medrl("train", config, f"model.path={tmp_path / 'empty'}"), "has no config.json")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
+    check(medrl("train", config, f"model.path={tmp_path / 'empty'}"), "is a bert model; known")
+
+
+def test_broken_json_names_file_and_line(medrl, config: Path, data: Path) -> None:
+    lines = records(data).read_text().splitlines()
+    records(data).write_text("\n".join([*lines[:5], '"oops', *lines[5:]]))
+    check(medrl("train", config, f"data.train={data}"), rf"{records(data).name}.*line 6")
+
+
+def spoil_record(data: Path, **changes: object) -> None:
+    rows = json.loads(records(data).read_text())
+    rows[1].update(changes)
+    records(data).write_text(json.dumps([{k: v for k, v in r.items() if v} for r in rows]))
+
+
+def test_gold_not_among_the_options_and_a_single_option(medrl, config: Path, data: Path) -> None:
+    spoil_record(data, gt_answer="Banana")
+    check(medrl("train", config, f"data.train={data}"), r"Banana")
+    spoil_record(data, gt_answer="x", option_A="x", option_B=None, option_C=None, option_D=None)
+    check(medrl("train", config, f"data.train={data}"), r"1 option|one option|single option")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text", None])
+def test_an_unreadable_image_is_named_or_skipped_and_counted(
+    medrl, config: Path, data: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = sorted(data.glob("Images/**/*.png"))[0]
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    result = medrl("train", config, f"data.train={data}")
+    check(result, re.escape(image.name))
+    from medrl.cluster.preflight import check_inputs
+    from medrl.configs.loader import load_config
+
+    skipping = load_config(config, [f"data.train={data}", "data.on_bad_image='skip'"])
+    checked = check_inputs(skipping, skipping.model.path)
+    assert len(checked.train) == 155
+    assert any("left out 5 prompts" in note for note in checked.notes)
+
+
+def test_an_empty_data_set(medrl, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("")
+    overrides = ["data.format='jsonl'", f"data.train={tmp_path / 'none.jsonl'}", "data.test=''"]
+    check(medrl("train", config, *overrides), r"no prompts|empty")
+
+
+def test_a_reward_that_does_not_import_or_is_no_function(medrl, config: Path) -> None:
+    for use, said in (("no_such_lab:f", "no_such_lab"), ("math:pi", "not callable")):
+        result = medrl("train", config, f"reward.terms=[{{use='{use}'}}]")
+        check(result, use.partition(":")[0], said)
+
+
+def test_a_prompt_longer_than_the_model_allows(medrl, config: Path) -> None:
+    result = medrl("train", config, "rollout.max_model_len=40", "rollout.max_tokens=8")
+    check(result, r"prompt .+?: \d+ tokens \(9 visual\), but only 32 fit", "and 315 more")
+
+
+def test_a_run_directory_belongs_to_one_run(medrl, config: Path, tmp_path: Path) -> None:
+    check(medrl("train", config, "--resume"), "holds no run; start it without --resume")
+    used = tmp_path / "runs" / "test"
+    used.mkdir(parents=True)
+    (used / "config.toml").write_text("")
+    check(medrl("train", config), "already holds a run; go on with --resume")
+
+
+def test_a_checkpoint_of_another_run_or_model(medrl, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "test"
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    (run / "config.toml").write_text("")
+    state = {
+        "step": 3,
+        "fixed": {"model.path": "another/model", "training prompts": 160},
+        "buffer": {"version": 3, "next_draw": 12, "started": {}, "ready": []},
+    }
+    (run / "checkpoints" / "step_3" / "driver.json").write_text(json.dumps(state))
+    result = medrl("train", config, "--resume")
+    check(result, r"model\.path: .*step_3 was made with 'another/model', now")
+
+
+def test_an_unknown_option_or_command(medrl, config: Path) -> None:
+    check(medrl("train", config, "--resum"), r"[Nn]o such option")
+    check(medrl("trian"), "[Nn]o such command")
+
+
+def test_the_phantom_command_refuses_an_existing_folder(medrl, tmp_path: Path) -> None:
+    check(medrl("data", "phantom", "--out", tmp_path), "exists already")
