@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import signal
+import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,9 @@ class RewardPool:
 def _kill_marked(mark: str) -> None:
     """Kill what rewards started and moved out of their process group (Linux)."""
     wanted = f"MEDRL_REWARD_POOL={mark}".encode()
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # gone, or somebody else's
-            if wanted in environment.read_bytes().split(b"\0"):
-                os.kill(int(environment.parent.name), signal.SIGKILL)
+    for _ in range(2):  # twice: a program that has only just started shows no environment yet
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # gone, or somebody else's
+                if wanted in environment.read_bytes().split(b"\0"):
+                    os.kill(int(environment.parent.name), signal.SIGKILL)
+        time.sleep(0.01)
