@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -26,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from medrl.actors.types import WeightMeta
-from medrl.actors.wire import buffer_bytes, digest, open_gloo, split_buckets, views
+from medrl.actors.wire import broadcast, buffer_bytes, digest, open_gloo, split_buckets, views
 
 BACKENDS = {
     "medrl_gloo": ("medrl.actors.gloo_receiver", "GlooReceiver"),
@@ -45,7 +46,7 @@ def register() -> None:
 
 
 @dataclass
-class JoinInfo(WeightTransferInitInfo):
+class JoinInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """What a worker needs to join a transfer group; the fields of `SyncPlan`."""
 
     address: str
@@ -57,13 +58,13 @@ class JoinInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
+class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One update: what will arrive, and where to write the digests of what did arrive."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    digests_path: str  # a JSON object, tensor name -> digest
+    digests_path: str  # plus the worker's rank; a JSON object, tensor name -> digest
 
     @property
     def weights(self) -> list[WeightMeta]:
@@ -73,7 +74,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
         ]
 
 
-class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
+class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc]
     """The life of an update; subclasses say in `receive_weights` how tensors come."""
 
     init_info_cls = JoinInfo
@@ -96,8 +97,8 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
         info = self.parse_update_info(update_info)
         self._digests = {}
         self.receive_weights(info)
-        if self.parallel_config.rank == 0:
-            Path(info.digests_path).write_text(json.dumps(self._digests))
+        path = Path(f"{info.digests_path}.{self.parallel_config.rank}")
+        path.write_text(json.dumps(self._digests))
 
     def finish_weight_update(self) -> None:
         self._end_reload()
@@ -131,6 +132,9 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):
 class GlooReceiver(Receiver):
     """Takes packed buckets from rank 0: loads one while the next arrives."""
 
+    _group: ProcessGroupGloo | None = None
+    _bucket_bytes = 0
+
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         self.shutdown()
         self._bucket_bytes = init_info.bucket_bytes
@@ -154,16 +158,17 @@ class GlooReceiver(Receiver):
                 self.load(list(zip(names, views(bucket, buffer), strict=True)))
 
     def shutdown(self) -> None:
-        group = getattr(self, "_group", None)
-        if group is not None:
-            group.shutdown()
+        if self._group is not None:
+            self._group.shutdown()
             self._group = None
 
     def _take(self, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:
         # A fresh buffer each: the reload keeps views until all of a layer's tensors are there.
         buffer = torch.empty(buffer_bytes(bucket), dtype=torch.uint8)
+        if self._group is None:
+            raise RuntimeError("receiving needs a transfer group")
         try:
-            self._group.broadcast(buffer, 0).wait()
+            broadcast(self._group, buffer)
         except RuntimeError as error:
             raise RuntimeError(f"bucket {number} from the learner: {error}") from error
         return buffer

@@ -11,25 +11,20 @@ Two invariants live here:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from medrl.actors.chat import forbidden_token_ids, render_chat
 from medrl.actors.types import Completion, Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.actors.vllm_start import engine_options, output_to, start
 from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncError
 from medrl.configs.schema import ModelConfig, RolloutConfig
 from medrl.data.images import ImageStore, LoadedImage
 
-_GIB = 1024**3
-_CPU_BLOCK_TOKENS = 32  # prefix-cache granule; vLLM's 128 shares nothing of a short prompt
-_MAX_RUNNING = 256  # completions decoded side by side
 _LOG_TAIL_CHARS = 2000  # of vLLM's log, quoted where an engine dies
 
 
@@ -56,6 +51,7 @@ class VllmEngine:
         self._rollout = rollout
         self._workers = workers
         self._sleeps = colocated and device == "gpu"
+        self._asleep = False
         self._scratch = tempfile.TemporaryDirectory(prefix=f"medrl-engine-{index}-")
         self._log = log_path or Path(self._scratch.name) / "vllm.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -68,14 +64,14 @@ class VllmEngine:
         self._running = 0
         self._requests = 0
         self._version = -1
-        options = _engine_options(model, rollout, device, seed, max_images, workers)
+        options = engine_options(model, rollout, device, seed, max_images, workers)
         options |= {
             "weight_transfer_config": {"backend": f"medrl_{transport}"},
             "enable_sleep_mode": self._sleeps,
         }
         try:
-            with _output_to(self._log):
-                self._llm = _start(options, device)
+            with output_to(self._log):
+                self._llm = start(options, device)
         except Exception as error:
             raise EngineError(f"engine {index} did not start: {error}{self._log_tail()}") from error
         self._tokenizer = self._llm.get_tokenizer()
@@ -102,9 +98,12 @@ class VllmEngine:
         # image cache and the engine's would name an image that the engine no longer has.
         self._open.clear()
         await self._idle.wait()
+        if self._asleep:
+            return
         await self._stop_and_clear()
         if self._sleeps:
             await self._llm.sleep(level=1)
+            self._asleep = True
 
     async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
         info = {
@@ -120,10 +119,11 @@ class VllmEngine:
         )
 
     async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
-        if self._sleeps:
+        if self._asleep:
             await self._llm.wake_up(tags=["weights"])
         path = Path(self._scratch.name) / "digests.json"
-        path.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{path.name}.*"):
+            old.unlink()
         info = {
             "names": [meta.name for meta in weights],
             "dtype_names": [meta.dtype for meta in weights],
@@ -133,18 +133,21 @@ class VllmEngine:
         await self._transfer_call("starting the update", "start_weight_update")
         await self._transfer_call("receiving weights", "update_weights", update_info=info)
         await self._transfer_call("finishing the update", "finish_weight_update")
-        digests: dict[str, str] = json.loads(path.read_text())
+        first, *others = [
+            json.loads(Path(f"{path}.{worker}").read_text()) for worker in range(self._workers)
+        ]
+        if any(other != first for other in others):
+            raise WeightSyncError(f"sync: workers of engine {self._index} received other bytes")
+        digests: dict[str, str] = first
         return digests
 
     async def canary(self, request: RolloutRequest) -> Group:
-        if self._sleeps:
-            await self._llm.wake_up()
+        await self._wake()
         await self._llm.resume_generation()  # vLLM's scheduler only: `generate` still waits
         return await self._sample(request)
 
     async def resume(self, version: int) -> None:
-        if self._sleeps:
-            await self._llm.wake_up()
+        await self._wake()
         await self._llm.update_weight_version(str(version))
         await self._llm.resume_generation()
         self._version = version
@@ -155,6 +158,11 @@ class VllmEngine:
             llm, self._llm = self._llm, None
             await asyncio.to_thread(llm.shutdown)
             self._scratch.cleanup()
+
+    async def _wake(self) -> None:
+        if self._asleep:
+            await self._llm.wake_up()
+            self._asleep = False
 
     async def _stop_and_clear(self) -> None:
         """Clears the prefix, image and encoder caches: an update makes all of them stale."""
@@ -256,44 +264,6 @@ def _cached_tokens(output: Any) -> int:
     return cached
 
 
-def _engine_options(
-    model: ModelConfig,
-    rollout: RolloutConfig,
-    device: Literal["cpu", "gpu"],
-    seed: int,
-    max_images: int,
-    workers: int,
-) -> dict[str, Any]:
-    """vLLM's AsyncEngineArgs; each is set here or is a vLLM default that cannot change results."""
-    dtype = model.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    options: dict[str, Any] = {
-        "model": model.path,
-        "dtype": dtype,
-        "seed": seed,
-        "max_model_len": rollout.max_model_len,
-        "max_num_seqs": min(_MAX_RUNNING, max(16, rollout.prompts * rollout.completions)),
-        "limit_mm_per_prompt": {"image": max_images, "video": 0},
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",  # not the model folder's: its sampling defaults would apply
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if device == "cpu":
-        return options | {
-            "enforce_eager": True,
-            "skip_mm_profiling": True,
-            "block_size": _CPU_BLOCK_TOKENS,
-            "kv_cache_memory_bytes": rollout.cpu_cache_gib * _GIB,
-        }
-    return options | {
-        "tensor_parallel_size": workers,
-        "gpu_memory_utilization": rollout.memory_fraction,
-    }
-
-
 def _sampling_params(request: RolloutRequest, ban: Mapping[int, float]) -> Any:
     """Every field that shapes the distribution, explicitly."""
     from vllm import SamplingParams
@@ -319,39 +289,3 @@ def _sampling_params(request: RolloutRequest, ban: Mapping[int, float]) -> Any:
         skip_special_tokens=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _start(options: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> Any:
-    """Start vLLM in processes of its own. Its settings by environment precede its import."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if device == "cpu":
-        # Bound to cores, every engine of a machine would take the same ones.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
-
-
-@contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Point file descriptors 1 and 2 at `path`; processes started meanwhile keep them so.
-
-    vLLM's processes write through Python's logging, C++ and progress bars: only this silences all.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with path.open("ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for target, original in zip((1, 2), saved, strict=True):
-            os.dup2(original, target)
-            os.close(original)

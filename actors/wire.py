@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import xxhash
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    ProcessGroupGloo,
+    TCPStore,
+)
 
 from medrl.actors.types import WeightMeta
 
@@ -60,7 +65,7 @@ def digest(tensor: torch.Tensor) -> str:
     weighted by position, so that the bytes need not leave it. The two kinds never compare."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if not tensor.is_cuda:
-        return xxhash.xxh3_64_hexdigest(flat.numpy())
+        return xxhash.xxh3_64_hexdigest(flat.numpy().data)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     position = torch.arange(1, 2 * padded.numel(), 2, device=padded.device)
     plain, weighted = padded.sum().item(), (padded * position).sum().item()
@@ -77,6 +82,27 @@ def open_gloo(
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
     return ProcessGroupGloo(PrefixStore("medrl_sync", store), rank, world_size, timeout)
+
+
+def broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> None:
+    """Fill `buffer` on every rank with rank 0's. Raises `RuntimeError` past the group's timeout."""
+    group.broadcast(buffer, 0).wait()  # type: ignore[attr-defined]
+
+
+def encode_ipc_handle(arguments: Sequence[Any]) -> list[Any]:
+    """CUDA IPC arguments of a uint8 tensor (`torch.multiprocessing.reductions`) as plain JSON, for
+    they cross a socket: unpickling there would run whatever a stranger sends."""
+    _, size, stride, offset, _, _, *rest = arguments
+    plain = [{"hex": it.hex()} if isinstance(it, bytes) else it for it in rest]
+    return [list(size), list(stride), offset, plain]
+
+
+def decode_ipc_handle(encoded: Sequence[Any]) -> tuple[Any, ...]:
+    """What `encode_ipc_handle` was given."""
+    size, stride, offset, plain = encoded
+    rest = [bytes.fromhex(it["hex"]) if isinstance(it, dict) else it for it in plain]
+    head = (torch.Tensor, torch.Size(size), tuple(stride), offset)
+    return (*head, torch.UntypedStorage, torch.uint8, *rest)
 
 
 def _padded(size: int) -> int:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from medrl.actors.types import Sent, SyncPlan
-from medrl.actors.wire import buffer_bytes, digest, num_bytes, open_gloo, views
+from medrl.actors.wire import broadcast, buffer_bytes, digest, num_bytes, open_gloo, views
 from medrl.configs.errors import WeightSyncError
 from medrl.learner.weight_source import WeightSource
 
@@ -112,7 +112,7 @@ class GlooSender:
 
     def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
         try:
-            self._group.broadcast(buffer, 0).wait()
+            broadcast(self._group, buffer)
         except RuntimeError as error:
             raise WeightSyncError(
                 f"sync: sending bucket {number} to {self._plan.world_size - 1} engine(s) failed: "

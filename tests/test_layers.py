@@ -38,9 +38,10 @@ ALLOWED = {
 OWNERS = {  # heavy library -> files that may import it, at any depth
     "vllm": {
         "actors/vllm_engine.py",
+        "actors/vllm_start.py",
         "actors/gloo_receiver.py",
-        "learner/transports.py",
-        "learner/weight_source.py",
+        "actors/gpu_receivers.py",
+        "learner/gpu_senders.py",
     },
     "deepspeed": {"learner/deepspeed_engine.py", "learner/build_ops.py"},
 }

@@ -19,7 +19,15 @@ from torch import nn
 
 from medrl.actors.gloo_receiver import GlooReceiver
 from medrl.actors.types import Sent, SyncPlan, WeightMeta
-from medrl.actors.wire import ALIGNMENT, buffer_bytes, digest, split_buckets, views
+from medrl.actors.wire import (
+    ALIGNMENT,
+    buffer_bytes,
+    decode_ipc_handle,
+    digest,
+    encode_ipc_handle,
+    split_buckets,
+    views,
+)
 from medrl.configs.errors import WeightSyncError
 from medrl.learner.transports import GlooSender, open_sender
 from medrl.learner.weight_source import ModuleSource
@@ -108,7 +116,11 @@ def transfer(
                 future.result()
             sent = sending.result()
         sender.close()
-    return sent, [loaded for _, loaded in pairs], [json.loads(path.read_text()) for path in paths]
+    return (
+        sent,
+        [loaded for _, loaded in pairs],
+        [json.loads(Path(f"{path}.0").read_text()) for path in paths],
+    )
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 256, 10**6], ids=["a tensor each", "some", "one"])
@@ -191,7 +203,7 @@ def test_a_learner_that_stops_sending_ends_the_receiving_within_its_deadline(
         sender.close()
         with pytest.raises(RuntimeError, match="bucket 0 from the learner"):
             one.update_weights(update_info(source.metadata(), tmp_path / "x.json"))
-    assert not (tmp_path / "x.json").exists()  # nothing half-received is vouched for
+    assert not list(tmp_path.iterdir())  # nothing half-received is vouched for
 
 
 def test_a_rank_that_does_not_send_still_gathers_every_bucket() -> None:
@@ -213,3 +225,12 @@ def test_a_rank_that_does_not_send_still_gathers_every_bucket() -> None:
         len(bucket) for bucket in split_buckets(source.metadata(), 256)
     ]
     assert [*chain.from_iterable(gathered)] == list(model.parameters())
+
+
+def test_a_gpu_buffers_handle_survives_being_json() -> None:
+    arguments = (
+        *(torch.Tensor, torch.Size([64]), (1,), 0, torch.UntypedStorage, torch.uint8),
+        *(3, b"\x00\xff", 64, 0, False, b"counter", 8, b"event", True),
+    )
+    assert decode_ipc_handle(json.loads(json.dumps(encode_ipc_handle(arguments)))) == arguments
+    hash(decode_ipc_handle(encode_ipc_handle(arguments)))  # vLLM keys its cache by it

@@ -1,0 +1,90 @@
+"""How vLLM is started: its options, its environment, and where its output goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from medrl.configs.schema import ModelConfig, RolloutConfig
+
+_GIB = 1024**3
+_CPU_BLOCK_TOKENS = 32  # prefix-cache granule; vLLM's 128 shares nothing of a short prompt
+_MAX_RUNNING = 256  # completions decoded side by side
+
+
+def engine_options(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    device: Literal["cpu", "gpu"],
+    seed: int,
+    max_images: int,
+    workers: int,
+) -> dict[str, Any]:
+    """vLLM's AsyncEngineArgs; each is set here or is a vLLM default that cannot change results."""
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    options: dict[str, Any] = {
+        "model": model.path,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": rollout.max_model_len,
+        "max_num_seqs": min(_MAX_RUNNING, max(16, rollout.prompts * rollout.completions)),
+        "limit_mm_per_prompt": {"image": max_images, "video": 0},
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # not the model folder's: its sampling defaults would apply
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if device == "cpu":
+        return options | {
+            "enforce_eager": True,
+            "skip_mm_profiling": True,
+            "block_size": _CPU_BLOCK_TOKENS,
+            "kv_cache_memory_bytes": rollout.cpu_cache_gib * _GIB,
+        }
+    return options | {
+        "tensor_parallel_size": workers,
+        "gpu_memory_utilization": rollout.memory_fraction,
+    }
+
+
+def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> Any:
+    """Start vLLM in processes of its own. Its settings by environment precede its import."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if device == "cpu":
+        # Bound to cores, every engine of a machine would take the same ones.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Point file descriptors 1 and 2 at `path`; processes started meanwhile keep them so.
+
+    vLLM's processes write through Python's logging, C++ and progress bars: only this silences all.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, target)
+            os.close(original)
