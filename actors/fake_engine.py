@@ -74,6 +74,10 @@ class FakeEngine:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def serving(self) -> bool:
+        return self._serving.is_set()
+
     async def generate(self, request: RolloutRequest) -> Group:
         await self._serving.wait()
         self._running += 1

@@ -49,6 +49,7 @@ class Parts:
     journal: Journal
     after_step: Callable[[int], Awaitable[None]]  # evaluation and checkpoint, when due
     max_failed_fraction: float
+    take_turns: bool = False  # engines and learner share devices: engines sleep while it works
 
 
 async def train(parts: Parts) -> None:
@@ -79,6 +80,8 @@ async def learn(parts: Parts) -> None:
         step = parts.buffer.version + 1
         refuse_failures(batch, parts.max_failed_fraction)
         parts.journal.begin_learning()
+        if parts.take_turns:
+            await parts.sync.pause()
         update = await parts.learner.update(batch)
         receipt = await parts.sync.push(version=step, step=step)
         await parts.buffer.advance(step)

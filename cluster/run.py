@@ -172,6 +172,7 @@ class Run:
                 journal=self._journal,
                 after_step=after_step,
                 max_failed_fraction=self._config.reward.max_failed_fraction,
+                take_turns=self._config.placement.colocate,
             )
         )
         if interrupt.requested:

@@ -5,6 +5,7 @@ import asyncio
 import gc
 import random
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from builders import make_prompt, make_request
 from medrl.actors.buffer import GroupBuffer
 from medrl.actors.fake_engine import FakeEngine, FakeWire
 from medrl.actors.sampler import Sampler
-from medrl.actors.types import Group, RolloutRequest, Score, ScoredGroup
+from medrl.actors.types import Group, RolloutRequest, Score, ScoredGroup, UpdateMetrics
 from medrl.cluster.checkpoints import Checkpoints, DriverState, resume_from
 from medrl.cluster.journal import Journal, read_lines
 from medrl.cluster.loop import Parts, train
@@ -121,6 +122,21 @@ async def test_the_loop_learns_from_rewards_at_any_staleness(
     assert max(line["staleness.max"] for line in lines) == staleness
     assert sorted(world.seen) == list(range(240))
     assert len(read_lines(tmp_path / "syncs.jsonl")) == 60
+
+
+async def test_engines_that_share_the_learners_devices_rest_while_it_works(tmp_path: Path) -> None:
+    world = World(tmp_path, steps=3)
+    world.parts = replace(world.parts, take_turns=True)
+    update = world.learner.update
+    serving: list[bool] = []
+
+    async def watched(batch: Sequence[ScoredGroup]) -> UpdateMetrics:
+        serving.extend(engine.serving for engine in world.engines.values())
+        return await update(batch)
+
+    world.learner.update = watched  # type: ignore[method-assign]
+    await world.run()
+    assert serving == [False] * 6
 
 
 async def test_shuffled_rewards_teach_nothing(tmp_path: Path) -> None:
