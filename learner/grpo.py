@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Added to a group's standard deviation, as TRL does: a nearly constant group is not blown up.
-STANDARD_DEVIATION_FLOOR = 1e-4
-# exp of a larger log-ratio nears float32's limit; no ratio that matters is this large.
-MAX_LOG_RATIO = 20.0
+STANDARD_DEVIATION_FLOOR = 1e-4  # as in TRL: a nearly constant group is not blown up
+MAX_LOG_RATIO = 20.0  # exp of a larger one nears float32's limit; none that matters is this large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +40,12 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """What one micro-batch adds; sums are over trained tokens. Only `loss` has a gradient."""
+    """What one micro-batch adds, scalars; sums are over trained tokens."""
 
-    loss: Tensor  # scalar; the batch's loss is the sum over its micro-batches
-    kl_sum: Tensor  # scalar, nats
-    clipped_sum: Tensor  # scalar, tokens whose ratio was clipped
-    importance_sum: Tensor  # scalar
+    loss: Tensor  # the only one with a gradient
+    kl_sum: Tensor  # nats
+    clipped_sum: Tensor  # tokens whose ratio was clipped
+    importance_sum: Tensor
 
 
 def zero_variance(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -62,8 +60,7 @@ def group_advantages(rewards: Tensor, valid: Tensor, kind: str = "standardized")
       standardized   (r - mean r) / (std r + 1e-4), std with n - 1   GRPO, arXiv 2402.03300
       centered       r - mean r                                      Dr. GRPO, arXiv 2503.20783
       leave_one_out  r - mean of the others = n/(n-1) (r - mean r)   RLOO, arXiv 2402.14740
-    A group of equal rewards, or with fewer than two valid ones, is exactly 0.
-    """
+    A group of equal rewards, or with fewer than two valid ones, is exactly 0."""
     count = valid.sum(-1, keepdim=True)  # [P, 1]
     mean = (rewards * valid).sum(-1, keepdim=True) / count.clamp(min=1)
     advantages = (rewards - mean).masked_fill(~valid, 0.0)
@@ -78,8 +75,7 @@ def group_advantages(rewards: Tensor, valid: Tensor, kind: str = "standardized")
 
 
 def importance_ratio(log_ratio: Tensor, mask: Tensor, ratio: str) -> Tensor:
-    """[B, C] a token: pi/pi_old, GRPO. Or [B, 1] a completion: its geometric mean over the trained
-    tokens, GSPO, arXiv 2507.18071."""
+    """[B, C] a token: pi/pi_old. Or [B, 1] their geometric mean, GSPO, arXiv 2507.18071."""
     if ratio == "sequence":
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -88,8 +84,8 @@ def importance_ratio(log_ratio: Tensor, mask: Tensor, ratio: str) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's -min(w A, clip(w, 1-low, 1+high) A), arXiv 1707.06347, and where it is clipped (there
-    its gradient is 0). `ratio` w is [B, C] or [B, 1], `advantages` A [B, 1]; shaped as `ratio`."""
+    """PPO's -min(w A, clip(w, 1-low, 1+high) A), arXiv 1707.06347, and where its gradient is cut.
+    `ratio` w is [B, C] or [B, 1], `advantages` A is [B, 1]."""
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     too_low, too_high = ratio < 1 - clip_low, ratio > 1 + clip_high
     return -surrogate, (too_low & (advantages < 0)) | (too_high & (advantages > 0))
@@ -113,8 +109,7 @@ def aggregate(values: Tensor, mask: Tensor, objective: Objective, counts: Denomi
 
     completion_mean  mean over a completion's tokens, then over completions   GRPO
     token_mean       mean over all tokens of the batch                        DAPO, 2503.14476
-    constant         sum / (completions * max_tokens)                         Dr. GRPO
-    """
+    constant         sum / (completions * max_tokens)                         Dr. GRPO"""
     sums = (values * mask).sum(-1)  # [B]
     if objective.aggregation == "token_mean":
         return sums.sum() / max(counts.tokens, 1)
@@ -135,13 +130,11 @@ def grpo_loss(
 ) -> LossTerms:
     """-min(w A, clip(w) A) [* truncated importance] [+ beta * KL], aggregated.
 
-    KL is k3 ("paper"), or w * k3 ("unbiased": the same value at w = 1, but the gradient is that of
-    the KL itself; DeepSeek-V3.2, arXiv 2512.02556, and TRL's default).
-    """
+    KL is k3 ("paper") or w k3 ("unbiased": of the same value at w = 1, but its gradient is that of
+    the KL itself; DeepSeek-V3.2, arXiv 2512.02556, and TRL's default)."""
+    clip_low, clip_high = objective.clip_low, objective.clip_high
     ratio = importance_ratio(logprobs - old.detach(), mask, objective.ratio)
-    per_token, clipped = clipped_surrogate(
-        ratio, advantages[:, None], objective.clip_low, objective.clip_high
-    )
+    per_token, clipped = clipped_surrogate(ratio, advantages[:, None], clip_low, clip_high)
     weights, kl = torch.ones_like(logprobs), torch.zeros_like(logprobs)
     if objective.importance_cap:
         weights = truncated_importance(old, sampler, objective.importance_cap)

@@ -1,0 +1,92 @@
+"""The tokens and images that are trained are those that were sampled, or the prompt is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from made_groups import MAX_PIXELS, scored_group
+
+from medrl.actors.chat import render_chat
+from medrl.configs.errors import LearnerError
+from medrl.data.images import ImageStore
+from medrl.learner import tiny
+from medrl.learner.model import PromptReader, image_factor
+
+IMAGES: list[tuple[str, ...]] = [(), ("a.png",), ("b.png", "c.png")]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("names", IMAGES, ids=len)
+def test_inputs_are_those_of_the_processor(
+    family: str, names: tuple[str, ...], readers: dict[str, PromptReader]
+) -> None:
+    reader = readers[family]
+    group = scored_group(reader, names, seed=0, rewards=[0.0, 1.0]).group
+    images = [reader._images.load(path).image for path in names]
+    chat = render_chat(reader.processor, group.request.text, len(names))
+    want = reader.processor(text=[chat], images=images or None, return_tensors="pt")
+    got = reader.read(group)
+    assert got.token_ids.tolist() == want["input_ids"][0].tolist()
+    assert int(got.positions.max()) + 1 == got.next_position
+    if names:
+        pixels = torch.cat([reader.image(hash).pixels for hash in got.images])
+        torch.testing.assert_close(pixels, want["pixel_values"])
+        grid = torch.stack([reader.image(hash).grid for hash in got.images])
+        assert grid.tolist() == want["image_grid_thw"].tolist()
+
+
+def test_an_image_is_decoded_and_processed_once(
+    tiny_models: dict[str, Path], image_root: Path
+) -> None:
+    path = str(tiny_models["qwen2_vl"])
+    store = ImageStore(image_root, MAX_PIXELS, image_factor(path), cache_bytes=0)
+    reader = PromptReader(path, store)
+    group = scored_group(reader, ("a.png",), seed=0, rewards=[0.0, 1.0]).group
+    decoded = store.decoded
+    for _ in range(3):
+        prompt = reader.read(group)
+        reader.image(prompt.images[0])
+    assert store.decoded == decoded + 1
+
+
+def test_a_full_cache_drops_the_oldest_and_makes_it_again(
+    tiny_models: dict[str, Path], image_root: Path
+) -> None:
+    path = str(tiny_models["qwen2_vl"])
+    store = ImageStore(image_root, MAX_PIXELS, image_factor(path), cache_bytes=0)
+    reader = PromptReader(path, store, cache_bytes=1)
+    made = [
+        scored_group(reader, (name,), seed=i, rewards=[0.0, 1.0]).group
+        for i, name in enumerate(("a.png", "b.png"))
+    ]
+    prompts = [reader.read(group) for group in made]
+    first = reader.image(prompts[0].images[0])
+    assert first.tokens == prompts[0].token_ids.tolist().count(reader.config.image_token_id)
+
+
+def test_a_swapped_image_is_refused(
+    tiny_models: dict[str, Path], image_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_root, tmp_path / "images")
+    path = str(tiny_models["qwen2_vl"])
+    store = ImageStore(tmp_path / "images", MAX_PIXELS, image_factor(path), cache_bytes=0)
+    group = scored_group(PromptReader(path, store), ("a.png",), seed=7, rewards=[0.0, 1.0]).group
+    shutil.copy(image_root / "b.png", tmp_path / "images" / "a.png")
+    with pytest.raises(LearnerError, match=r"prompt p7: the images \['a.png'\]"):
+        PromptReader(path, store).read(group)
+
+
+def test_other_tokens_are_refused(readers: dict[str, PromptReader]) -> None:
+    reader = readers["qwen2_vl"]
+    group = scored_group(reader, ("a.png",), seed=7, rewards=[0.0, 1.0]).group
+    ids = group.prompt_token_ids
+    image = reader.config.image_token_id
+    fewer_visual = tuple(t for i, t in enumerate(ids) if t != image or ids[i - 1] == image)
+    for wrong in (ids[:-1], (*ids[:-1], 5), fewer_visual):
+        with pytest.raises(LearnerError, match="prompt p7: token ids"):
+            reader.read(replace(group, prompt_token_ids=wrong))
+    reader.read(group)

@@ -1,0 +1,128 @@
+"""What an update measures, and what it leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_groups import PlainStepper, gradient_gap, mixed_batch, scored_group, settings
+
+from medrl.actors.types import ScoredGroup
+from medrl.configs.errors import LearnerError
+from medrl.learner.model import PromptReader, load_policy
+from medrl.learner.update import Updater
+
+
+@pytest.fixture
+def made(tiny_models: dict[str, Path], readers: dict[str, PromptReader], image_root: Path) -> Any:
+    def make(**learner: Any) -> tuple[Updater, PlainStepper, PromptReader]:
+        reader, model = readers["qwen2_vl"], tiny_models["qwen2_vl"]
+        policy = load_policy(str(model), torch.float32, forbidden=reader.forbidden)
+        stepper = PlainStepper(policy, reader)
+        return Updater(stepper, reader, settings(model, image_root, **learner)), stepper, reader
+
+    return make
+
+
+def resampled(updater: Updater, scored: ScoredGroup) -> ScoredGroup:
+    """The same group, as if the learner's own policy had sampled it."""
+    logprobs = updater.logprobs(scored.group)
+    completions = tuple(
+        replace(completion, logprobs=mine)
+        for completion, mine in zip(scored.group.completions, logprobs, strict=True)
+    )
+    return replace(scored, group=replace(scored.group, completions=completions))
+
+
+def test_the_gap_to_the_sampler_is_measured_on_completions_of_this_version(made: Any) -> None:
+    updater, _, reader = made()
+    fresh = resampled(updater, scored_group(reader, ("a.png",), seed=0, rewards=[0.0, 1.0]))
+    stale = scored_group(reader, ("b.png",), seed=1, rewards=[0.0, 1.0])  # version 0, noise
+    assert updater.update([fresh, stale], version=0).logprob_gap_max > 0.1
+    fresh = replace(
+        fresh,
+        group=replace(
+            fresh.group,
+            completions=tuple(replace(one, version=7) for one in fresh.group.completions),
+        ),
+    )
+    metrics = updater.update([fresh, stale], version=7)
+    assert metrics.logprob_gap_max < 1e-5
+    assert metrics.logprob_gap_mean < 1e-6
+
+
+def test_one_update_a_batch_runs_one_forward_and_several_run_two(made: Any) -> None:
+    for updates, forwards in ((1, 1), (2, 4)):
+        updater, stepper, reader = made(updates_per_batch=updates)
+        updater.update(mixed_batch(reader)[:2], version=0)
+        assert stepper.forwards == forwards
+
+
+def test_a_failed_completion_is_as_if_it_had_not_been_sampled(made: Any) -> None:
+    updater, stepper, reader = made()
+    whole = scored_group(reader, ("a.png",), seed=3, rewards=[0.0, 5.0, 1.0, 2.0], failed=(1,))
+    metrics = updater.update([whole], version=0)
+    assert metrics.advantages[0][1] == 0
+    assert metrics.trained_completions == 3
+    keep = (0, 2, 3)
+    request = replace(
+        whole.group.request, sampling=replace(whole.group.request.sampling, num_completions=3)
+    )
+    less = ScoredGroup(
+        group=replace(
+            whole.group,
+            request=request,
+            completions=tuple(whole.group.completions[i] for i in keep),
+        ),
+        scores=tuple(whole.scores[i] for i in keep),
+        seconds=0.0,
+    )
+    updater, other, _ = made()
+    without = updater.update([less], version=0)
+    assert without.loss == pytest.approx(metrics.loss, abs=1e-7)
+    assert without.entropy == pytest.approx(metrics.entropy, abs=1e-6)
+    assert gradient_gap(stepper.gradients(), other.gradients()) < 1e-5
+
+
+def test_equal_rewards_give_zero_gradient_and_are_counted(made: Any) -> None:
+    updater, stepper, reader = made()
+    batch = [scored_group(reader, ("a.png",), seed=i, rewards=[1.1] * 3) for i in range(2)]
+    metrics = updater.update(batch, version=0)
+    assert metrics.zero_variance_groups == 2
+    assert metrics.gradient_norm == 0
+    assert not any(gradient.any() for gradient in stepper.gradients().values())
+
+
+def test_a_batch_without_a_single_valid_completion_has_no_gradient(made: Any) -> None:
+    updater, _, reader = made()
+    batch = [scored_group(reader, ("a.png",), seed=0, rewards=[1.0, 0.0], failed=(0, 1))]
+    metrics = updater.update(batch, version=0)
+    assert (metrics.trained_completions, metrics.gradient_norm, metrics.loss) == (0, 0, 0)
+
+
+def test_counts(made: Any) -> None:
+    updater, _, reader = made()
+    batch = mixed_batch(reader)
+    metrics = updater.update(batch, version=0)
+    trained = [
+        completion
+        for scored in batch
+        for completion, score in zip(scored.group.completions, scored.scores, strict=True)
+        if not score.failed
+    ]
+    assert metrics.trained_completions == len(trained)
+    assert metrics.completion_tokens == sum(len(one.token_ids) for one in trained)
+    assert metrics.prompt_tokens == sum(len(one.group.prompt_token_ids) for one in batch)
+    image = reader.config.image_token_id
+    assert metrics.visual_tokens == sum(one.group.prompt_token_ids.count(image) for one in batch)
+    assert metrics.visual_tokens > 0
+    assert metrics.sharing > 1
+
+
+def test_more_updates_than_groups_are_refused(made: Any) -> None:
+    updater, _, reader = made(updates_per_batch=3)
+    with pytest.raises(LearnerError, match="updates_per_batch = 3"):
+        updater.update(mixed_batch(reader)[:2], version=0)
