@@ -24,7 +24,7 @@ _OBEYS_ELSE = 0.12
 
 # Chances of (the right letter, the favourite) before the rest is spread over all letters.
 _SURE = (0.8, 0.0)
-_UNSURE = (0.36, 0.44)
+_UNSURE = (0.3, 0.55)
 _SURE_MODALITIES = ("CT", "MRI", "X-ray", "Ultrasound")
 _SURE_TYPES = ("Modality Recognition", "Anatomy Identification", "Other Biological Attributes")
 
