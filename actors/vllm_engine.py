@@ -25,6 +25,7 @@ from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncE
 from medrl.configs.schema import ModelConfig, RolloutConfig
 from medrl.data.images import ImageStore, LoadedImage
 
+_SHUTDOWN_S = 1.0  # for vLLM's processes to end; then they are killed
 _LOG_TAIL_CHARS = 2000  # of vLLM's log, quoted where an engine dies
 
 
@@ -156,7 +157,9 @@ class VllmEngine:
     async def close(self) -> None:
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            await asyncio.to_thread(llm.shutdown)
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # else it reports the end of its process as a failure
+            await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
             self._scratch.cleanup()
 
     async def _wake(self) -> None:
