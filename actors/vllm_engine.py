@@ -78,9 +78,9 @@ class VllmEngine:
         self._tokenizer = self._llm.get_tokenizer()
         self._ban = dict.fromkeys(forbidden_token_ids(self._tokenizer), float("-inf"))
         self._processor = self._llm.renderer.get_mm_processor().info
-        vision = self._llm.model_config.hf_config.vision_config
-        factor = vision.patch_size * vision.spatial_merge_size
-        self._images = ImageStore(image_root, max_pixels, factor)
+        self._images = ImageStore.for_model(
+            image_root, self._processor.get_image_processor(), max_pixels
+        )
 
     async def generate(self, request: RolloutRequest) -> Group:
         while not self._open.is_set():

@@ -17,9 +17,9 @@ from PIL import Image
 from medrl.actors.chat import render_chat
 from medrl.actors.types import Prompt
 from medrl.configs.errors import UserError
-from medrl.configs.schema import Config, DataConfig, RewardTerm
+from medrl.configs.schema import Config, RewardTerm
 from medrl.data.image_files import locate
-from medrl.data.images import MIN_PIXELS, fit
+from medrl.data.images import fit, pixel_limits
 from medrl.data.load import LoadedPrompts, load_prompts, share_root
 from medrl.rewards.check import check_rewards
 from medrl.rewards.modes import get_mode
@@ -127,14 +127,14 @@ def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: 
     limit = min(config.rollout.max_model_len, text_config.max_position_embeddings)
     room = limit - config.rollout.max_tokens
     processor: Any = AutoProcessor.from_pretrained(model)
-    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+    limits = pixel_limits(processor.image_processor, config.data.max_pixels)
     mode = get_mode(config.data.mode)
     texts = [render_chat(processor, mode.render(p), len(p.images)) for p in prompts]
     # A tokenizer call over all of them is some hundred times faster than one each.
     lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
     too_long = []
     for prompt, length in zip(prompts, lengths, strict=True):
-        visual = sum(_visual_tokens(root, path, factor, config.data) for path in prompt.images)
+        visual = sum(_visual_tokens(root, path, *limits) for path in prompt.images)
         total = length - len(prompt.images) + visual
         if total > room:
             too_long.append(
@@ -147,9 +147,9 @@ def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: 
         raise UserError(*too_long[:SHOWN], *more)
 
 
-def _visual_tokens(root: Path, path: str, factor: int, data: DataConfig) -> int:
+def _visual_tokens(root: Path, path: str, factor: int, least: int, most: int) -> int:
     with Image.open(locate(root, path)) as image:  # reads the header only
-        width, height = fit(*image.size, factor, MIN_PIXELS, data.max_pixels)
+        width, height = fit(*image.size, factor, least, most)
     return width * height // factor**2
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -64,6 +65,14 @@ class ImageStore:
         self._running: dict[str, Future[LoadedImage]] = {}
         self._lock = threading.Lock()
 
+    @classmethod
+    def for_model(
+        cls, root: Path, image_processor: Any, max_pixels: int, cache_bytes: int = 1 << 30
+    ) -> ImageStore:
+        """The store whose images a model's own processor (transformers') leaves as they are."""
+        factor, least, most = pixel_limits(image_processor, max_pixels)
+        return cls(root, most, factor, cache_bytes, min_pixels=least)
+
     def load(self, path: str) -> LoadedImage:
         """Return the image at `path`, relative to the root. Raises `UserError` naming it."""
         with self._lock:
@@ -109,6 +118,14 @@ class ImageStore:
 
 def _num_bytes(loaded: LoadedImage) -> int:
     return loaded.width * loaded.height * 3
+
+
+def pixel_limits(image_processor: Any, max_pixels: int) -> tuple[int, int, int]:
+    """Side of a visual token's square, fewest and most pixels of an image: what the model's
+    processor takes and `max_pixels` allows."""
+    factor = image_processor.patch_size * image_processor.merge_size
+    size = image_processor.size  # for these families, numbers of pixels and not lengths of edges
+    return factor, size["shortest_edge"], min(max_pixels, size["longest_edge"])
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -258,8 +258,10 @@ def _partitioned_load(config: dict[str, Any]) -> Any:
 
 def _image_store(settings: LearnerSettings) -> ImageStore:
     """Keeps nothing itself: the reader caches what it makes of an image."""
-    factor = models.image_factor(settings.model.path)
-    return ImageStore(settings.image_root, settings.max_pixels, factor, cache_bytes=0)
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(settings.model.path)
+    return ImageStore.for_model(settings.image_root, processor, settings.max_pixels, cache_bytes=0)
 
 
 def _optimizer(policy: torch.nn.Module, settings: LearnerSettings) -> torch.optim.Optimizer:
