@@ -10,8 +10,8 @@ from typing import Any
 
 from medrl.actors.sampler import Sampler
 from medrl.actors.types import Prompt, RolloutRequest, ScoredGroup
-from medrl.cluster.loop import Scorer
 from medrl.configs.errors import RewardError
+from medrl.rewards.scorer import Scorer
 
 
 async def evaluate(

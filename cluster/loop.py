@@ -8,32 +8,24 @@
                       └── journal, evaluation, checkpoint
 
 roll_out  consumes room in the buffer, produces scored groups; waits in `admit` for `advance`.
-learn     consumes batches, produces versions; waits in `take` for `put`, the end, or `stop`.
+train     consumes batches, produces versions; waits in `take` for `put`, the end, or `stop`.
 
 A push ends before the next update starts, and groups of the new version start after it. An error
-of `roll_out` reaches `learn` in `take`, between two updates, so that a checkpoint can be made.
+of `roll_out` reaches `train` in `take`, between two updates, so that a checkpoint can be made.
 """
-
-from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from medrl.actors.buffer import GroupBuffer
 from medrl.actors.sampler import Sampler
-from medrl.actors.types import Group, RolloutRequest, ScoredGroup
+from medrl.actors.types import RolloutRequest
 from medrl.cluster.journal import Journal
 from medrl.cluster.metrics import refuse_failures
 from medrl.cluster.sync import Sync
 from medrl.learner.learner import Learner
-
-
-class Scorer(Protocol):
-    """Says of each completion of a group how good it is."""
-
-    async def score_group(self, group: Group) -> ScoredGroup: ...
+from medrl.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +48,27 @@ async def train(parts: Parts) -> None:
     """Run until the buffer has no more batches: all steps done, or `buffer.stop()`."""
     rollouts = asyncio.create_task(roll_out(parts))
     try:
-        await learn(parts)
+        while batch := await parts.buffer.take():
+            refuse_failures(batch, parts.max_failed_fraction)
+            parts.journal.begin_learning()
+            if parts.take_turns:
+                await parts.sync.pause()
+            update = await parts.learner.update(batch)
+            step = parts.buffer.version + 1
+            receipt = await parts.sync.push(version=step, step=step)
+            await parts.buffer.advance(step)
+            parts.journal.record_step(
+                step, batch, update, receipt, parts.sampler.take_idle_seconds()
+            )
+            await parts.after_step(step)
     finally:
         rollouts.cancel()
         await asyncio.wait({rollouts})
 
 
 async def roll_out(parts: Parts) -> None:
+    """Keep as many groups in flight as the buffer admits."""
+
     async def one_group(draw: int) -> None:
         group = await parts.sampler.sample(parts.request(draw))
         await parts.buffer.put(await parts.scorer.score_group(group))
@@ -73,18 +79,3 @@ async def roll_out(parts: Parts) -> None:
                 groups.create_task(one_group(draw))
     except* Exception as failures:
         await parts.buffer.fail(failures.exceptions[0])
-
-
-async def learn(parts: Parts) -> None:
-    while batch := await parts.buffer.take():
-        step = parts.buffer.version + 1
-        refuse_failures(batch, parts.max_failed_fraction)
-        parts.journal.begin_learning()
-        if parts.take_turns:
-            await parts.sync.pause()
-        update = await parts.learner.update(batch)
-        receipt = await parts.sync.push(version=step, step=step)
-        await parts.buffer.advance(step)
-        idle_rollout = parts.sampler.take_idle_seconds()
-        parts.journal.record_step(step, batch, update, receipt, idle_rollout)
-        await parts.after_step(step)

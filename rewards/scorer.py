@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 from medrl.actors.types import Group, Prompt, Score, ScoredGroup
 from medrl.rewards.pool import RewardPool
 
 ScoreCompletions = Callable[[Prompt, Sequence[str]], Awaitable[tuple[Score, ...]]]
+
+
+class Scorer(Protocol):
+    """Says of each completion of a group how good it is."""
+
+    async def score_group(self, group: Group) -> ScoredGroup: ...
 
 
 async def score_group(score: ScoreCompletions, group: Group) -> ScoredGroup:

@@ -88,9 +88,8 @@ def test_a_heavy_library_has_one_owner(library: str) -> None:
     assert users <= OWNERS[library]
 
 
-def test_the_loop_fits_on_a_screen() -> None:
-    lines = (ROOT / "cluster" / "loop.py").read_text().splitlines()
-    code = ast.parse("\n".join(lines))
-    functions = [n for n in code.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    assert sum((f.end_lineno or 0) - f.lineno + 1 for f in functions) < 80
+def test_the_loop_and_the_maths_fit_on_a_screen() -> None:
+    loop = ast.parse((ROOT / "cluster" / "loop.py").read_text())
+    code = loop.body[1:]  # less the picture
+    assert (code[-1].end_lineno or 0) - code[0].lineno < 80
     assert len((ROOT / "learner" / "grpo.py").read_text().splitlines()) <= 150
