@@ -44,6 +44,10 @@ def main() -> None:
         status = _complain(str(error), status=FAILED)
     except (KeyboardInterrupt, Interrupted):
         status = INTERRUPTED
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        status = INTERRUPTED  # Ray's own handler, while it starts
     except Exception as error:
         if not (hasattr(error, "exit_code") and hasattr(error, "show")):
             raise

@@ -33,7 +33,8 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals for the block. Needs a running loop on the main thread."""
+        """Take the signals for the block. Needs a running loop on the main thread, and comes after
+        `ray.init`, which takes SIGTERM for itself."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)

@@ -65,7 +65,7 @@ async def run_training(prepared: Prepared, display: Display) -> bool:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
     interrupt = Interrupt()
-    with interrupt.listening(), cluster(config.placement):
+    with cluster(config.placement), interrupt.listening():
         listeners: list[Listener] = [display, Prometheus(config.run.name)]
         wandb = WeightsAndBiases(config, config.run_dir) if config.run.wandb_project else None
         if wandb:
@@ -222,7 +222,7 @@ def run_evaluation(config: Config, checkpoint: Path) -> dict[str, Any]:
 async def _evaluate_model(config: Config, checked: Checked, model: str) -> dict[str, Any]:
     interrupt = Interrupt()
     requests = _requests(config, checked)
-    with interrupt.listening(), cluster(config.placement):
+    with cluster(config.placement), interrupt.listening():
         async with (
             placed(config.placement) as placement,
             engines_and_scorer(config, checked, placement, model, interrupt) as (sampler, scorer),
