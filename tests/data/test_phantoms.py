@@ -51,12 +51,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     assert not set(one.values()) & set(other.values())
 
 
-def test_train_and_test_have_no_image_in_common(phantoms: Phantoms) -> None:
+@pytest.mark.parametrize(("train", "test"), [(128, 96), (32, 32)])
+def test_train_and_test_have_no_image_in_common(tmp_path: Path, train: int, test: int) -> None:
+    """Also where both are of one size, and so would be dealt the same scenes by the same dice."""
+    made = generate(tmp_path, train=train, test=test, seed=3)
     pixels = [
         {hashlib.sha256(Image.open(path).tobytes()).hexdigest() for path in split.rglob("*.png")}
-        for split in (phantoms.train, phantoms.test)
+        for split in (made.train, made.test)
     ]
-    assert [len(split) for split in pixels] == [128, 96]  # nor twice in one split
+    assert [len(split) for split in pixels] == [train, test]  # nor twice in one split
     assert not pixels[0] & pixels[1]
 
 
