@@ -60,6 +60,7 @@ class GlooSender:
         self._plan = plan
         self._source = source
         self._is_sender = rank == 0
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2  # grown to the largest bucket
         if not self._is_sender:
             return
         try:
@@ -74,7 +75,6 @@ class GlooSender:
         started = time.perf_counter()
         digests: dict[str, str] = {}
         failure: Exception | None = None
-        buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         lane: list[Future[None]] = []
         with ThreadPoolExecutor(1, "medrl-broadcast") as broadcaster:
             for number, (bucket, tensors) in enumerate(
@@ -85,15 +85,12 @@ class GlooSender:
                 try:
                     if number >= 2:
                         lane[number - 2].result()  # its buffer is about to be written over
-                    size = buffer_bytes(bucket)
-                    if buffers[number % 2].numel() < size:
-                        buffers[number % 2] = torch.empty(size, dtype=torch.uint8)
-                    buffer = buffers[number % 2][:size]
+                    buffer = self._buffer(number, buffer_bytes(bucket))
                     for meta, tensor, view in zip(
                         bucket, tensors, views(bucket, buffer), strict=True
                     ):
                         view.copy_(tensor)
-                        digests[meta.name] = self._digest(view)
+                        digests[meta.name] = digest(view)
                     lane.append(broadcaster.submit(self._broadcast, number, buffer))
                 except WeightSyncError as error:
                     failure = error
@@ -107,8 +104,11 @@ class GlooSender:
         if self._is_sender:
             self._group.shutdown()
 
-    def _digest(self, tensor: torch.Tensor) -> str:
-        return digest(tensor)
+    def _buffer(self, number: int, size: int) -> torch.Tensor:
+        """Buckets take turns on two buffers."""
+        if self._buffers[number % 2].numel() < size:
+            self._buffers[number % 2] = torch.empty(size, dtype=torch.uint8)
+        return self._buffers[number % 2][:size]
 
     def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
         try:

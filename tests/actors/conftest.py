@@ -71,7 +71,7 @@ class Live:
             name: value.clone() for name, value in self.reference.model.state_dict().items()
         }
 
-    def new_sync(self, *, timeout_s: float = 30.0, bucket_bytes: int = 64 * 2**20) -> Sync:
+    def new_sync(self, *, timeout_s: float = 30.0, bucket_bytes: int = 0) -> Sync:
         return Sync(
             engines={0: self.engine},
             learner=self.reference,  # type: ignore[arg-type]
