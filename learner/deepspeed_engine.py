@@ -45,6 +45,7 @@ class DeepSpeedRank:
         self._settings = settings
         self.rank, self.world = rank, world
         self.device = torch.device("cuda" if settings.device == "gpu" else "cpu")
+        models.read_config(settings.model.path)  # before the ranks wait for each other
         self._deepspeed = _join(settings, rank, world, address, port)
         torch.manual_seed(settings.seed)
         path = settings.model.path

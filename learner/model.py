@@ -54,21 +54,35 @@ class ImageInputs:
     tokens: int  # visual tokens after merging
 
 
+def read_config(path: str) -> Any:
+    """The model's configuration. Raises `UserError` where `path` holds none of a known family."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {path}: cannot be loaded: {error}") from error
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"model.path {path}: is a {config.model_type} model, needs one of {', '.join(FAMILIES)}"
+        )
+    return config
+
+
 class PromptReader:
     """Processor side of the model. An image is decoded and processed once, then cached."""
 
     def __init__(self, path: str, images: ImageSource, *, cache_bytes: int = 4 * 2**30) -> None:
-        from transformers import AutoConfig, AutoProcessor
+        from PIL import Image
+        from transformers import AutoProcessor
 
-        self.config: Any = AutoConfig.from_pretrained(path)
+        self.config: Any = read_config(path)
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self._images = images
         self._hashes: dict[str, str] = {}  # path -> hash
         self._paths: dict[str, str] = {}  # hash -> path
         self._cache: OrderedDict[str, ImageInputs] = OrderedDict()
         self._cache_bytes = cache_bytes
-        from PIL import Image
-
         self.forbidden = forbidden_token_ids(self.processor.tokenizer)
         self._blank = self._process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
         self.blank = BlankImage(
@@ -244,11 +258,9 @@ def load_policy(
     gradient_checkpointing: bool = False,
 ) -> Policy:
     """Raises `UserError` where `path` holds no model of a known family."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    kind = AutoConfig.from_pretrained(path).model_type
-    if kind not in FAMILIES:
-        raise UserError(f"model.path {path}: is a {kind} model, needs one of {', '.join(FAMILIES)}")
+    read_config(path)
     attention.register()
     vlm: Any = AutoModelForImageTextToText.from_pretrained(
         path,
@@ -269,12 +281,3 @@ def save_model(
     """Write a folder that transformers and vLLM load: `state` whole, by `vlm`'s own names."""
     policy.vlm.save_pretrained(folder, state_dict=state)
     reader.processor.save_pretrained(folder)
-
-
-def image_factor(path: str) -> int:
-    """Side of a visual token in pixels: images are scaled to multiples of it."""
-    from transformers import AutoConfig
-
-    vision = AutoConfig.from_pretrained(path).vision_config
-    factor: int = vision.patch_size * vision.spatial_merge_size
-    return factor

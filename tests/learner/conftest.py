@@ -3,11 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_groups import CORPUS, MAX_PIXELS, draw_images
+from made_groups import CORPUS, draw_images, image_store
 
-from medrl.data.images import ImageStore
 from medrl.learner import tiny
-from medrl.learner.model import PromptReader, image_factor
+from medrl.learner.model import PromptReader
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +28,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def readers(tiny_models: dict[str, Path], image_root: Path) -> dict[str, PromptReader]:
     return {
-        family: PromptReader(str(path), ImageStore(image_root, MAX_PIXELS, image_factor(str(path))))
+        family: PromptReader(str(path), image_store(path, image_root))
         for family, path in tiny_models.items()
     }

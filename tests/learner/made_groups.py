@@ -22,6 +22,7 @@ from medrl.actors.types import (
     ScoredGroup,
 )
 from medrl.configs.schema import LearnerConfig, ModelConfig
+from medrl.data.images import ImageStore
 from medrl.learner.batch import RowBatch
 from medrl.learner.model import Policy, PromptReader
 from medrl.learner.settings import LearnerSettings
@@ -36,6 +37,14 @@ def draw_images(root: Path) -> None:
     for seed, (name, size) in enumerate(SIZES.items()):
         pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / name)
+
+
+def image_store(model: Path | str, images: Path) -> ImageStore:
+    """As the rank makes it: nothing is kept."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(model)
+    return ImageStore.for_model(images, processor, MAX_PIXELS, cache_bytes=0)
 
 
 def settings(
@@ -134,7 +143,7 @@ def scored_group(
     )
 
 
-def mixed_batch(reader: PromptReader, *, groups: int = 6, size: int = 4) -> list[ScoredGroup]:
+def mixed_batch(reader: PromptReader, *, groups: int = 7, size: int = 4) -> list[ScoredGroup]:
     """One, two and no images, failed completions, a group of equal rewards, uneven lengths."""
     images: list[tuple[str, ...]] = [("a.png",), ("b.png", "d.png"), (), ("c.png",), ("a.png",), ()]
     batch = []

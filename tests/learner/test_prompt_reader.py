@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_groups import MAX_PIXELS, scored_group
+from made_groups import image_store, scored_group
 
 from medrl.actors.chat import render_chat
 from medrl.configs.errors import LearnerError
-from medrl.data.images import ImageStore
 from medrl.learner import tiny
-from medrl.learner.model import PromptReader, image_factor
+from medrl.learner.model import PromptReader
 
 IMAGES: list[tuple[str, ...]] = [(), ("a.png",), ("b.png", "c.png")]
 
@@ -43,7 +42,7 @@ def test_an_image_is_decoded_and_processed_once(
     tiny_models: dict[str, Path], image_root: Path
 ) -> None:
     path = str(tiny_models["qwen2_vl"])
-    store = ImageStore(image_root, MAX_PIXELS, image_factor(path), cache_bytes=0)
+    store = image_store(path, image_root)
     reader = PromptReader(path, store)
     group = scored_group(reader, ("a.png",), seed=0, rewards=[0.0, 1.0]).group
     decoded = store.decoded
@@ -57,7 +56,7 @@ def test_a_full_cache_drops_the_oldest_and_makes_it_again(
     tiny_models: dict[str, Path], image_root: Path
 ) -> None:
     path = str(tiny_models["qwen2_vl"])
-    store = ImageStore(image_root, MAX_PIXELS, image_factor(path), cache_bytes=0)
+    store = image_store(path, image_root)
     reader = PromptReader(path, store, cache_bytes=1)
     made = [
         scored_group(reader, (name,), seed=i, rewards=[0.0, 1.0]).group
@@ -73,7 +72,7 @@ def test_a_swapped_image_is_refused(
 ) -> None:
     shutil.copytree(image_root, tmp_path / "images")
     path = str(tiny_models["qwen2_vl"])
-    store = ImageStore(tmp_path / "images", MAX_PIXELS, image_factor(path), cache_bytes=0)
+    store = image_store(path, tmp_path / "images")
     group = scored_group(PromptReader(path, store), ("a.png",), seed=7, rewards=[0.0, 1.0]).group
     shutil.copy(image_root / "b.png", tmp_path / "images" / "a.png")
     with pytest.raises(LearnerError, match=r"prompt p7: the images \['a.png'\]"):

@@ -1,0 +1,196 @@
+"""What the processes of `test_deepspeed_ranks` do: real DeepSpeed ranks, job after job."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from made_groups import mixed_batch, settings
+from torch import Tensor
+
+from medrl.actors.types import ScoredGroup
+from medrl.configs.errors import CheckpointError, LearnerError
+from medrl.learner.deepspeed_engine import DeepSpeedRank
+from medrl.learner.settings import LearnerSettings
+
+STAGES = (0, 1, 2, 3)
+BUDGET = 100  # tokens a micro-batch: a group each
+
+
+class Tapped(DeepSpeedRank):
+    """Keeps the whole gradient before each optimiser step."""
+
+    gradients: dict[str, Tensor]
+
+    def step(self, learning_rate: float) -> float:
+        from deepspeed.utils import safe_get_full_grad
+
+        named = list(self._policy.vlm.named_parameters())
+        found = {name: safe_get_full_grad(p) for name, p in named if p.requires_grad}
+        self.gradients = {name: g.clone() for name, g in found.items() if g is not None}
+        return super().step(learning_rate)
+
+    def values(self) -> dict[str, Tensor]:
+        return {
+            meta.name: tensor.clone()
+            for metas, tensors in self._source.buckets(2**20)
+            for meta, tensor in zip(metas, tensors, strict=True)
+        }
+
+
+class Ranks:
+    """Builds ranks of one world, in this process."""
+
+    def __init__(self, model: Path, images: Path, rank: int, world: int, port: int) -> None:
+        self.model, self.images, self.rank, self.world, self.port = model, images, rank, world, port
+
+    def settings(self, **changes: Any) -> LearnerSettings:
+        changes = {"tokens_per_micro_batch": BUDGET} | changes
+        return settings(self.model, self.images, **changes)
+
+    def make(self, **changes: Any) -> Tapped:
+        gc.collect()  # the last rank's: how to load weights is a global of transformers'
+        return Tapped(
+            self.settings(**changes),
+            rank=self.rank,
+            world=self.world,
+            address="127.0.0.1",
+            port=self.port,
+        )
+
+
+def gradients(ranks: Ranks, groups: int = 7, **changes: Any) -> dict[str, Any]:
+    rank = ranks.make(kl_coefficient=0.1, **changes)
+    metrics = rank.update(mixed_batch(rank._reader)[:groups])
+    return {"metrics": metrics, "gradients": rank.gradients}
+
+
+def frozen_tower(ranks: Ranks) -> dict[str, Any]:
+    rank = ranks.make(zero_stage=3, freeze_vision=True)
+    before = rank.values()
+    rank.update(mixed_batch(rank._reader))
+    after = rank.values()
+    return {"changed": {name for name in before if not before[name].equal(after[name])}}
+
+
+def going_on(ranks: Ranks, folder: Path, stage: int) -> dict[str, Any]:
+    """Three updates in one go, and again from a checkpoint after the first."""
+    rank = ranks.make(zero_stage=stage, schedule="linear")
+    batch = mixed_batch(rank._reader)
+    rank.update(batch)
+    rank.save(folder)
+    metrics = [rank.update(batch) for _ in range(2)]
+    uninterrupted = rank.values()
+    del rank
+    rank = ranks.make(zero_stage=stage, schedule="linear")
+    rank.load(folder)
+    again = [rank.update(batch) for _ in range(2)]
+    return {
+        "uninterrupted": uninterrupted,
+        "resumed": rank.values(),
+        "losses": [(a.loss, b.loss) for a, b in zip(metrics, again, strict=True)],
+        "rates": [(a.learning_rate, b.learning_rate) for a, b in zip(metrics, again, strict=True)],
+    }
+
+
+def other_run(ranks: Ranks, folder: Path) -> str:
+    """A checkpoint of stage 2 for a rank of stage 3."""
+    rank = ranks.make(zero_stage=3)
+    try:
+        rank.load(folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def exported(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    rank = ranks.make(zero_stage=3, learning_rate=1e-2)
+    batch = mixed_batch(rank._reader)
+    rank.update(batch)
+    rank.export(folder)
+    return {"logprobs": [rank.logprobs(one.group) for one in batch], "weights": rank.weights()}
+
+
+def refusal(ranks: Ranks) -> dict[str, Any]:
+    """One rank meets a prompt it must refuse; the other has nothing to complain of."""
+    rank = ranks.make(zero_stage=3)
+    batch = mixed_batch(rank._reader)
+    swapped: list[ScoredGroup] = [
+        replace(batch[0], group=replace(batch[0].group, image_hashes=("0" * 64,))),
+        *batch[1:],
+    ]
+    error = ""
+    try:
+        rank.update(swapped)
+    except LearnerError as caught:
+        error = str(caught)
+    return {"error": error, "loss_after": rank.update(batch).loss}
+
+
+def bfloat16(ranks: Ranks) -> dict[str, Any]:
+    rank = ranks.make(zero_stage=0, dtype="bfloat16", learning_rate=1e-4)
+    before = rank.values()
+    metrics = rank.update(mixed_batch(rank._reader))
+    return {"metrics": metrics, "before": before, "after": rank.values()}
+
+
+def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        f"zero {stage}": gradients(ranks, zero_stage=stage) for stage in STAGES
+    }
+    results["checkpointed"] = gradients(ranks, zero_stage=3, gradient_checkpointing=True)
+    results["two updates"] = gradients(ranks, zero_stage=3, updates_per_batch=2)
+    if ranks.world == 1:
+        return results
+    results["one group"] = gradients(ranks, groups=1, zero_stage=3)
+    results["frozen tower"] = frozen_tower(ranks)
+    for stage in (2, 3):
+        folder = out / f"stage{stage}"
+        folder.mkdir(exist_ok=True)
+        results[f"going on {stage}"] = going_on(ranks, folder, stage)
+    results["other run"] = other_run(ranks, out / "stage2")
+    results["exported"] = exported(ranks, out / "export")
+    results["refusal"] = refusal(ranks)
+    results["bfloat16"] = bfloat16(ranks)
+    return results
+
+
+def _main(rank: int, world: int, port: int, model: Path, images: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    results = all_jobs(Ranks(model, images, rank, world, port), out)
+    torch.save(results, out / f"results_{rank}.pt")
+
+
+def run_ranks(
+    world: int, model: Path, images: Path, out: Path, timeout_s: float
+) -> Callable[[], Any]:
+    """Start `world` processes; call what is returned to wait for rank 0's results."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_main, args=(rank, world, port, model, images, out), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+
+    def wait() -> Any:
+        for process in processes:
+            process.join(timeout_s)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert codes == [0] * world, f"exit codes of {world} rank(s), None: hung: {codes}"
+        return torch.load(out / "results_0.pt", weights_only=False)
+
+    return wait

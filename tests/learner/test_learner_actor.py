@@ -1,0 +1,88 @@
+"""The learner on a real local Ray: it learns, refuses what it must, names the rank that died."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from made_groups import mixed_batch, settings
+
+from medrl.configs.errors import LearnerError, UserError
+from medrl.learner.actor import RayLearner, create_learner
+from medrl.learner.model import PromptReader
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    os.environ["RAY_DISABLE_USAGE_STATS"] = "1"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+async def two_ranks(model: Path, images: Path) -> RayLearner:
+    return await create_learner(
+        settings(model, images, zero_stage=3, tokens_per_micro_batch=100),
+        world=2,
+        options_for_rank=lambda rank: {"num_cpus": 1},
+        timeout_s=120,
+    )
+
+
+async def test_a_learner_of_two_ranks(
+    local_ray: None,
+    tiny_models: dict[str, Path],
+    readers: dict[str, PromptReader],
+    image_root: Path,
+    tmp_path: Path,
+) -> None:
+    reader, model = readers["qwen2_vl"], tiny_models["qwen2_vl"]
+    batch = mixed_batch(reader)
+    learner = await two_ranks(model, image_root)
+    try:
+        before = await learner.logprobs(batch[0].group)
+        metrics = await learner.update(batch)
+        assert metrics.gradient_norm > 0
+        assert await learner.logprobs(batch[0].group) != before
+        assert any(meta.name.startswith("model.visual") for meta in await learner.weights())
+
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        await learner.save(folder)
+        assert (folder / "model" / "config.json").exists()
+
+        ids = (*batch[1].group.prompt_token_ids[:-1], 5)
+        wrong = replace(batch[1], group=replace(batch[1].group, prompt_token_ids=ids))
+        with pytest.raises(LearnerError, match="prompt p1: token ids"):
+            await learner.update([batch[0], wrong])
+        await learner.update(batch)
+
+        pid = await learner._ranks[1].__ray_call__.remote(lambda rank: os.getpid())
+        dying = asyncio.create_task(learner.update(batch * 20))
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(LearnerError, match=r"learner rank 1 died \(update\)"):
+            await dying
+    finally:
+        await learner.close()
+        await learner.close()
+    with pytest.raises(LearnerError, match="closed"):
+        await learner.update(batch)
+
+
+async def test_a_model_that_cannot_be_trained_is_the_users_mistake(
+    local_ray: None, image_root: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"bert model, needs one of qwen2_vl"):
+        await two_ranks(tmp_path, image_root)
