@@ -11,10 +11,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -24,6 +25,7 @@ from medrl.configs.schema import PlacementConfig
 
 OBJECT_STORE_BYTES = 256 * 2**20  # of a local cluster: only ids and numbers travel
 POLL_S = 0.2
+GRACE_S = 3.0  # for a local cluster's processes to end by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,18 @@ def cluster(config: PlacementConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        family = [] if address else psutil.Process().children(recursive=True)
         ray.shutdown()
+        _end(family)
+
+
+def _end(family: list[psutil.Process]) -> None:
+    """Wait for a local cluster's processes to be gone; they are asked to end, not made to."""
+    _, alive = psutil.wait_procs(family, timeout=GRACE_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=GRACE_S)
 
 
 @asynccontextmanager

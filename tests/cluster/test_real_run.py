@@ -245,12 +245,16 @@ def head(folder: Path) -> Iterator[dict[str, str]]:
         "RAY_DISABLE_USAGE_STATS": "1",
     }
     ray = str(Path(sys.executable).with_name("ray"))
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     process = subprocess.Popen(
         [
             *(ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
-            *("--num-cpus=2", f"--temp-dir=/tmp/medrl-ray-{os.getpid()}"),
+            *(
+                "--num-cpus=2",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--temp-dir=/tmp/medrl-ray-{os.getpid()}",
+            ),
         ],
         env=environment,
         stdout=subprocess.PIPE,
