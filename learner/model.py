@@ -66,6 +66,8 @@ def read_config(path: str) -> Any:
         raise UserError(
             f"model.path {path}: is a {config.model_type} model, needs one of {', '.join(FAMILIES)}"
         )
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+        raise UserError(f"model.path {path}: has sliding-window attention, which rows do not have")
     return config
 
 

@@ -85,6 +85,7 @@ def scored_group(
     failed: Sequence[int] = (),
     text: str = "What modality is this image?",
     version: int = 0,
+    temperature: float = 1.0,
     end: int | None = None,
 ) -> ScoredGroup:
     """Random completions of ordinary tokens; their log-probs are noise, not a policy's. With `end`
@@ -105,7 +106,7 @@ def scored_group(
             source="s",
         ),
         text=text,
-        sampling=Sampling(num_completions=size, max_tokens=16, temperature=1.0),
+        sampling=Sampling(num_completions=size, max_tokens=16, temperature=temperature),
         seed=seed,
     )
     loaded = [reader._images.load(path) for path in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from made_groups import image_store, scored_group
 
 from medrl.actors.chat import render_chat
-from medrl.configs.errors import LearnerError
+from medrl.configs.errors import LearnerError, UserError
 from medrl.learner import tiny
-from medrl.learner.model import PromptReader
+from medrl.learner.model import PromptReader, read_config
 
 IMAGES: list[tuple[str, ...]] = [(), ("a.png",), ("b.png", "c.png")]
 
@@ -89,3 +90,15 @@ def test_other_tokens_are_refused(readers: dict[str, PromptReader]) -> None:
         with pytest.raises(LearnerError, match="prompt p7: token ids"):
             reader.read(replace(group, prompt_token_ids=wrong))
     reader.read(group)
+
+
+def test_a_model_that_rows_do_not_fit_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((tiny_models["qwen2_vl"] / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sliding-window"):
+        read_config(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read_config(str(tmp_path / "absent"))

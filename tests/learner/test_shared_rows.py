@@ -32,6 +32,7 @@ def plain_logprobs(vlm: Any, scored: ScoredGroup, reader: PromptReader) -> list[
         rest = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
         logits = vlm(input_ids=ids, mm_token_type_ids=kinds, **rest).logits
         logits[..., list(reader.forbidden)] = -torch.inf  # as the engine does
+        logits = logits / group.request.sampling.temperature
         of_completion = logits[0, -len(completion.token_ids) - 1 : -1].log_softmax(-1)
         found.append(of_completion[range(len(completion.token_ids)), list(completion.token_ids)])
     return found
@@ -80,6 +81,18 @@ def test_logprobs_and_gradients_are_those_of_single_sequences(
     vlm = ordinary(model)
     want = expected_gradients(vlm, batch, reader, metrics.advantages)
     assert gradient_gap(stepper.gradients(), want) < 1e-5
+
+
+def test_logprobs_are_at_the_temperature_that_was_sampled_with(
+    tiny_models: dict[str, Path], readers: dict[str, PromptReader], image_root: Path
+) -> None:
+    reader, model = readers["qwen2_vl"], tiny_models["qwen2_vl"]
+    policy = load_policy(str(model), torch.float32, forbidden=reader.forbidden)
+    updater = Updater(PlainStepper(policy, reader), reader, settings(model, image_root))
+    scored = scored_group(reader, ("a.png",), seed=0, rewards=[0.0, 1.0], temperature=0.5)
+    plain = plain_logprobs(ordinary(model), scored, reader)
+    for want, got in zip(plain, updater.logprobs(scored.group), strict=True):
+        torch.testing.assert_close(torch.tensor(got), want.detach(), atol=1e-5, rtol=1e-5)
 
 
 def run(
