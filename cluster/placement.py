@@ -73,28 +73,26 @@ def cluster(config: PlacementConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise PlacementError(
-            f"no Ray cluster at {address or 'this machine'}: {error}; check placement.address, or "
-            "leave it empty for a local one"
-        ) from None
-    try:
+        _connect(address)
         yield
     finally:
         family = [] if address else psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(family)
+
+
+def _connect(address: str) -> None:
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not address:
+        common |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address or "local", **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise PlacementError(
+            f"no Ray cluster at {address or 'this machine'}: {error}; check placement.address, or "
+            "leave it empty for a local one"
+        ) from None
 
 
 def _end(family: list[psutil.Process]) -> None:
