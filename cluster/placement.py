@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,11 +73,12 @@ def cluster(config: PlacementConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DISABLE_USAGE_STATS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.address or os.environ.get("RAY_ADDRESS", "")
+    others = set(psutil.Process().children(recursive=True))
     try:
         _connect(address)
         yield
     finally:
-        family = [] if address else psutil.Process().children(recursive=True)
+        family = set() if address else set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
         _end(family)
 
@@ -95,7 +96,7 @@ def _connect(address: str) -> None:
         ) from None
 
 
-def _end(family: list[psutil.Process]) -> None:
+def _end(family: Iterable[psutil.Process]) -> None:
     """Wait for a local cluster's processes to be gone; they are asked to end, not made to."""
     _, alive = psutil.wait_procs(family, timeout=GRACE_S)
     for process in alive:
