@@ -109,7 +109,7 @@ def _end(family: Iterable[psutil.Process]) -> None:
 async def placed(config: PlacementConfig) -> AsyncIterator[Placement]:
     """Hold the run's resources for the block. Raises `PlacementError` past the deadline."""
     device = choose_device(config)
-    bundles = _bundles(config, device)
+    bundles = needed_bundles(config, device)
     group = await _claim(config, bundles)
     try:
         cores = os.cpu_count() or 1
@@ -126,7 +126,8 @@ def choose_device(config: PlacementConfig) -> Literal["cpu", "gpu"]:
     return "gpu" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-def _bundles(config: PlacementConfig, device: str) -> list[dict[str, float]]:
+def needed_bundles(config: PlacementConfig, device: str) -> list[dict[str, float]]:
+    """A bundle a process: ranks, then engines; a shared bundle a pair where they are colocated."""
     cpus, on_gpu = config.cpus_per_process, device == "gpu"
     if config.colocate:
         shared = {"CPU": 2 * cpus, **({"GPU": 1.0} if on_gpu else {})}
