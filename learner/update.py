@@ -22,7 +22,6 @@ from medrl.configs.errors import LearnerError, MedrlError
 from medrl.learner.batch import PromptInputs, RowBatch, build_rows
 from medrl.learner.grpo import (
     Denominators,
-    LossTerms,
     Objective,
     group_advantages,
     grpo_loss,
@@ -31,6 +30,7 @@ from medrl.learner.grpo import (
 from medrl.learner.model import PromptReader
 from medrl.learner.rows import GroupSize, MicroBatch, Plan, plan_rows
 from medrl.learner.settings import LearnerSettings, learning_rate
+from medrl.learner.sums import Sums
 
 
 class Stepper(Protocol):
@@ -109,13 +109,13 @@ class Updater:
         ]
         # Before the first step, while the weights are still those of `version`.
         old = [self._logprobs(rows) if len(parts) > 1 else None for rows in work]
-        sums = _Sums(version, self._stepper.device)
+        sums = Sums(version, self._stepper.device)
         rate = learning_rate(config, version, self._settings.total_steps)
         norms = []
         for part, rows, start in zip(parts, work, old, strict=True):
             self._accumulate(rows, start, part.denominators, sums)
             norms.append(self._stepper.step(rate))
-        totals = sums.over_ranks(self._stepper)
+        totals = sums.over_ranks(self._stepper.reduce)
         return UpdateMetrics(
             loss=totals["loss"] / len(parts),
             kl=totals["kl"] / max(totals["tokens"], 1),
@@ -195,7 +195,7 @@ class Updater:
         work: Sequence[RowBatch],
         old: Sequence[Tensor] | None,
         denominators: Denominators,
-        sums: _Sums,
+        sums: Sums,
     ) -> None:
         """Forward and backward of one optimiser step's micro-batches."""
         for number, cpu_rows in enumerate(work):
@@ -220,48 +220,6 @@ class Updater:
             sums.add(rows, terms, entropies, before.view_as(logprobs))
 
 
-class _Sums:
-    """Sums over the trained tokens of a batch, for means over all ranks."""
-
-    def __init__(self, version: int, device: torch.device) -> None:
-        self._version = version
-        names = (
-            *("loss", "tokens", "entropy", "kl", "clipped", "importance", "gap", "gap_tokens"),
-            *("gap_max", "stale_gap", "stale_gap_max"),
-        )
-        self._values = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-
-    def add(self, rows: RowBatch, terms: LossTerms, entropies: Tensor, old: Tensor) -> None:
-        """`old` [B, S, C]: log-probs before the batch's first optimiser step."""
-        values, trained = self._values, rows.trained
-        gap = (old - rows.sampler).abs() * trained
-        fresh = trained & (rows.versions == self._version)[..., None]
-        values["loss"] += terms.loss.detach()
-        values["tokens"] += trained.sum()
-        values["entropy"] += (entropies.detach() * trained).sum()
-        values["kl"] += terms.kl_sum
-        values["clipped"] += terms.clipped_sum
-        values["importance"] += terms.importance_sum
-        values["gap"] += (gap * fresh).sum()
-        values["gap_tokens"] += fresh.sum()
-        values["gap_max"] = torch.maximum(values["gap_max"], (gap * fresh).max().double())
-        values["stale_gap"] += gap.sum()
-        values["stale_gap_max"] = torch.maximum(values["stale_gap_max"], gap.max().double())
-
-    def over_ranks(self, stepper: Stepper) -> dict[str, float]:
-        """The gap is over tokens sampled from this very version, where there are any: only there
-        must it vanish. Else it is over all."""
-        maxima = [name for name in self._values if name.endswith("_max")]
-        added = [name for name in self._values if name not in maxima]
-        total = stepper.reduce(torch.stack([self._values[name] for name in added]), "sum").tolist()
-        most = stepper.reduce(torch.stack([self._values[name] for name in maxima]), "max").tolist()
-        values = dict(zip(added + maxima, total + most, strict=True))
-        if not values["gap_tokens"]:
-            values["gap"], values["gap_tokens"] = values["stale_gap"], values["tokens"]
-            values["gap_max"] = values["stale_gap_max"]
-        return values
-
-
 def _size(scored: ScoredGroup) -> GroupSize:
     return GroupSize(
         prompt=len(scored.group.prompt_token_ids),
@@ -275,8 +233,8 @@ def _size(scored: ScoredGroup) -> GroupSize:
 
 
 def _split(sizes: Sequence[GroupSize], parts: int) -> list[list[GroupSize]]:
-    """Equal parts in order (one more group in the first ones, where they do not divide). Groups of
-    other parts stay in place, empty, so that indices remain those of the batch."""
+    """Parts in order, equal but for one group. Groups of other parts stay in place, empty, so that
+    indices remain those of the batch."""
     if len(sizes) < parts:
         raise LearnerError(
             f"a batch of {len(sizes)} groups cannot be split into learner.updates_per_batch = "
