@@ -121,6 +121,7 @@ class Run:
             total_batches=config.run.steps,
         )
         self._stopping: asyncio.Task[None] | None = None
+        self._evaluated: int | None = None  # the step of the last evaluation
 
     def stop(self) -> None:
         """Have the loop end after the step it is in."""
@@ -181,13 +182,14 @@ class Run:
 
     async def _evaluate(self, step: int, interrupt: Interrupt) -> None:
         prompts = self._prepared.checked.test
-        if not prompts:
+        if not prompts or step == self._evaluated:
             return
         self._display.say(f"evaluating {len(prompts)} held-out prompts")
         groups = await interrupt.cancels(
             evaluate(prompts, self._requests.greedy, self._system.sampler, self._system.scorer)
         )
         self._journal.record_eval(summarize(step, "test", groups))
+        self._evaluated = step
 
     async def _save(self) -> None:
         step = self._buffer.version

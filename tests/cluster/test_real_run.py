@@ -74,6 +74,7 @@ learners = 2
 device = "cpu"
 cpus_per_process = 0.2
 [eval]
+every = 3
 max_prompts = 40
 """)
     return path
@@ -104,6 +105,7 @@ def test_a_run_writes_all_it_promises(whole: tuple[Path, str]) -> None:
     }
     assert (run / "checkpoints" / "step_3" / "driver.json").exists()
     assert len(out.splitlines()) < 100
+    assert out.count("held out, step 3") == 1  # due and last at once
 
 
 def test_engines_hold_the_weights_the_learner_saved(whole: tuple[Path, str]) -> None:
