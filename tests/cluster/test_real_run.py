@@ -156,11 +156,11 @@ def test_the_export_loads_in_transformers_and_gives_the_sampled_logprobs(
         assert torch.allclose(expected, torch.tensor(row["logprobs"]), atol=1e-4)
 
 
-def test_eval_of_a_checkpoint_gives_the_numbers_of_the_run(
+def test_vllm_loads_the_export_and_eval_gives_the_numbers_of_the_run(
     whole: tuple[Path, str], folder: Path, config: Path
 ) -> None:
     run, _ = whole
-    checkpoint = run / "checkpoints" / "step_3"
+    checkpoint = run / "export"
     out = folder / "eval.json"
     finish(medrl("eval", config, "--checkpoint", checkpoint, "--out", out, cwd=folder))
     again, of_run = json.loads(out.read_text()), read_lines(run / "evals.jsonl")[-1]
