@@ -44,10 +44,16 @@ class GroupBuffer:
         self._next_draw = 0
         self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
         self._started: dict[int, int] = {}
+        self._out: dict[int, int] = {}  # the batch that is being trained: draw -> version at start
         self._ready: dict[int, ScoredGroup] = {}  # by draw, in the order they were scored
         self._stopped = False
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no batch is between `take` and `advance`."""
+        return not self._out
 
     @property
     def version(self) -> int:
@@ -58,6 +64,8 @@ class GroupBuffer:
         """The next draw to roll out, once there is room for it; None when the run has no more."""
         async with self._changed:
             await self._changed.wait_for(self._has_room)
+            if self._finished():
+                return None
             if self._redo:
                 return self._redo.pop(0)
             if self._next_draw >= self._total:
@@ -89,8 +97,7 @@ class GroupBuffer:
                 return []
             draws = self._choose()
             batch = [self._ready.pop(draw) for draw in sorted(draws)]
-            for draw in draws:
-                del self._started[draw]
+            self._out = {draw: self._started.pop(draw) for draw in draws}
             oldest = min(group.group.version for group in batch)
             age = self._version - oldest
             assert age <= self._staleness, f"a group {age} versions old got into a batch"
@@ -100,6 +107,7 @@ class GroupBuffer:
         """The engines now serve `version`: more groups may start."""
         async with self._changed:
             self._version = version
+            self._out = {}
             self._changed.notify_all()
 
     async def stop(self) -> None:
@@ -119,7 +127,7 @@ class GroupBuffer:
         return BufferState(
             version=self._version,
             next_draw=self._next_draw,
-            started=dict(self._started),
+            started=self._started | self._out,  # what is not yet a version is rolled out again
             ready=tuple(self._ready.values()),
         )
 
@@ -134,10 +142,11 @@ class GroupBuffer:
 
     def _has_room(self) -> bool:
         room = (self._version + self._staleness + 1) * self._prompts
-        return bool(self._redo) or self._next_draw >= self._total or self._next_draw < room
+        drawn = self._finished() or self._next_draw >= self._total
+        return bool(self._redo) or drawn or self._next_draw < room
 
     def _finished(self) -> bool:
-        return self._next_draw >= self._total and not self._started
+        return self._version * self._prompts >= self._total
 
     def _has_answer(self) -> bool:
         stopped = self._stopped or self._failure is not None

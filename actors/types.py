@@ -103,7 +103,6 @@ class Group:
     completions: tuple[Completion, ...]  # [G]
     engine: int  # which engine
     seconds: float  # from submission to the last completion
-    cached_prompt_tokens: int = 0  # of G*T, at least so many came from the engine's prefix cache
 
     def __post_init__(self) -> None:
         want = self.request.sampling.num_completions

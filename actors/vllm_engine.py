@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medrl.actors.chat import forbidden_token_ids, render_chat
-from medrl.actors.types import Completion, Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.actors.vllm_calls import read_completion, sampling_params
 from medrl.actors.vllm_start import engine_options, output_to, start
 from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncError
 from medrl.configs.schema import ModelConfig, RolloutConfig
@@ -187,6 +188,7 @@ class VllmEngine:
             text = render_chat(self._tokenizer, request.text, len(images))
             length = self._prompt_length(request, text, images)
             output = await self._run(request, text, images)
+            completions = tuple(read_completion(one, self._version) for one in output.outputs)
         except MedrlError:
             raise
         except Exception as error:
@@ -204,10 +206,9 @@ class VllmEngine:
             request=request,
             prompt_token_ids=tuple(output.prompt_token_ids),
             image_hashes=tuple(image.sha256 for image in images),
-            completions=tuple(self._completion(one) for one in output.outputs),
+            completions=completions,
             engine=self._index,
             seconds=time.perf_counter() - started,
-            cached_prompt_tokens=_cached_tokens(output),
         )
 
     def _prompt_length(
@@ -239,56 +240,10 @@ class VllmEngine:
             prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
         self._requests += 1
         outputs = self._llm.generate(
-            prompt, _sampling_params(request, self._ban), request_id=str(self._requests)
+            prompt, sampling_params(request, self._ban), request_id=str(self._requests)
         )
         return [output async for output in outputs][-1]  # one, for only the final is asked for
-
-    def _completion(self, output: Any) -> Completion:
-        tokens = tuple(output.token_ids)
-        return Completion(
-            token_ids=tokens,
-            logprobs=tuple(
-                step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
-            ),
-            text=output.text,
-            finish_reason=output.finish_reason,
-            version=self._version,
-        )
 
     def _log_tail(self) -> str:
         tail = self._log.read_bytes()[self._log_start :][-_LOG_TAIL_CHARS:].decode(errors="replace")
         return f"\nvLLM's log ends with:\n{tail.strip()}" if "Error" in tail else ""
-
-
-def _cached_tokens(output: Any) -> int:
-    """Of G*T, a lower bound: vLLM tells of the completion that ended last only. All but the one
-    that was started first find at least as much."""
-    cached: int = (output.num_cached_tokens or 0) * max(1, len(output.outputs) - 1)
-    return cached
-
-
-def _sampling_params(request: RolloutRequest, ban: Mapping[int, float]) -> Any:
-    """Every field that shapes the distribution, explicitly."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    wanted = request.sampling
-    return SamplingParams(
-        n=wanted.num_completions,
-        temperature=wanted.temperature,
-        top_p=wanted.top_p,
-        top_k=wanted.top_k or -1,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        seed=request.seed,  # vLLM draws completion i from seed + i
-        stop=None,
-        ignore_eos=False,
-        max_tokens=wanted.max_tokens,
-        min_tokens=wanted.min_tokens,
-        logit_bias=dict(ban),
-        logprobs=0,  # the sampled token's only
-        skip_special_tokens=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )

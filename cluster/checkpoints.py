@@ -27,8 +27,9 @@ FIXED_KEYS = (
     "data.mode",
     "rollout.prompts",
     "rollout.completions",
+    "rollout.staleness",
 )
-"""What a resumed run may not change: the schedule and the random streams follow from them."""
+"""What a resumed run may not change: schedule, random streams and buffer follow from them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class Journal:
         step: int,
         batch: Sequence[ScoredGroup],
         update: UpdateMetrics,
-        receipt: Receipt,
+        receipt: Receipt | None,
         idle_rollout: float,
     ) -> None:
         """Write a finished step: metrics, receipt and completions."""
@@ -72,7 +72,8 @@ class Journal:
         metrics = step_metrics(step, batch, update, receipt, seconds)
         metrics["memory.driver_bytes"] = psutil.Process().memory_info().rss
         self._write_completions(step, batch, update)
-        self.record_sync(receipt)
+        if receipt:
+            self.record_sync(receipt)
         self._append("metrics.jsonl", metrics)
         for listener in self._listeners:
             listener.on_step(metrics)
@@ -94,9 +95,10 @@ class Journal:
         """Take back what was written after `step`."""
         for name in ("metrics.jsonl", "syncs.jsonl", "evals.jsonl"):
             path = self.run_dir / name
-            lines = read_lines(path)
-            kept = [line for line in lines if line["step"] <= step]
-            if len(kept) != len(lines):
+            if (
+                path.exists()
+            ):  # also where no line goes: the last may be cut off, and be appended to
+                kept = [line for line in read_lines(path) if line["step"] <= step]
                 _replace_lines(path, kept)
         for file in self._completions.glob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) > step:

@@ -24,6 +24,7 @@ from medrl.actors.types import RolloutRequest
 from medrl.cluster.journal import Journal
 from medrl.cluster.metrics import refuse_failures
 from medrl.cluster.sync import Sync
+from medrl.configs.errors import WeightSyncError
 from medrl.learner.learner import Learner
 from medrl.rewards.scorer import Scorer
 
@@ -55,7 +56,12 @@ async def train(parts: Parts) -> None:
                 await parts.sync.pause()
             update = await parts.learner.update(batch)
             step = parts.buffer.version + 1
-            receipt = await parts.sync.push(version=step, step=step)
+            try:
+                receipt = await parts.sync.push(version=step, step=step)
+            except WeightSyncError:  # the update is made all the same, and may be saved
+                await parts.buffer.advance(step)
+                parts.journal.record_step(step, batch, update, None, idle_rollout=0.0)
+                raise
             await parts.buffer.advance(step)
             parts.journal.record_step(
                 step, batch, update, receipt, parts.sampler.take_idle_seconds()

@@ -43,22 +43,21 @@ def step_metrics(
     step: int,
     batch: Sequence[ScoredGroup],
     update: UpdateMetrics,
-    receipt: Receipt,
+    receipt: Receipt | None,
     seconds: Mapping[str, float],
 ) -> dict[str, float | int]:
     """The object of one line of metrics.jsonl, less what the journal measures of the driver.
 
     `seconds`: "step", "idle_learner" and "idle_rollout". seconds.rollout and seconds.reward are
     those of the batch's slowest group; tokens.completion counts all G completions, tokens.prompt
-    and tokens.visual count a group's prompt once.
+    and tokens.visual count a group's prompt once. No `receipt`: the push failed.
     """
     completions = [c for group in batch for c in group.group.completions]
-    prompt_tokens = sum(len(g.group.prompt_token_ids) * len(g.group.completions) for g in batch)
     outcomes = Counter(score.outcome for group in batch for score in group.scores)
     tokens = sum(len(c.token_ids) for c in completions)
     return {
         "step": step,
-        "version": receipt.version,
+        "version": step,
         **reward_means(batch),
         "loss": update.loss,
         "kl": update.kl,
@@ -69,7 +68,7 @@ def step_metrics(
         "learning_rate": update.learning_rate,
         "logprob_gap.mean": update.logprob_gap_mean,
         "logprob_gap.max": update.logprob_gap_max,
-        "staleness.max": receipt.version - 1 - min(g.group.version for g in batch),
+        "staleness.max": step - 1 - min(g.group.version for g in batch),
         "groups": len(batch),
         "zero_variance_groups": update.zero_variance_groups,
         "failed_completions": outcomes["error"] + outcomes["timeout"],
@@ -80,14 +79,12 @@ def step_metrics(
         "tokens.visual": update.visual_tokens,
         "tokens.per_completion": tokens / len(completions),
         "tokens.per_second": tokens / seconds["step"],
-        "cached_prompt_fraction": sum(g.group.cached_prompt_tokens for g in batch) / prompt_tokens,
         "row_sharing": update.sharing,
         "seconds.step": seconds["step"],
         "seconds.rollout": max(g.group.seconds for g in batch),
         "seconds.reward": max(g.seconds for g in batch),
         "seconds.learn": update.seconds,
-        "seconds.sync": receipt.seconds,
+        "seconds.sync": receipt.seconds if receipt else 0.0,
         "seconds.idle_learner": seconds["idle_learner"],
         "seconds.idle_rollout": seconds["idle_rollout"],
-        "sync.canary_gap": receipt.canary_gap,
-    }
+    } | ({"sync.canary_gap": receipt.canary_gap} if receipt else {})

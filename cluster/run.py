@@ -30,7 +30,13 @@ from medrl.cluster.preflight import Checked, check_inputs, refuse_used_directory
 from medrl.cluster.publish import Prometheus, WeightsAndBiases
 from medrl.cluster.requests import Requests
 from medrl.cluster.start import System, engines_and_scorer, system
-from medrl.configs.errors import EngineError, RewardError, UserError
+from medrl.configs.errors import (
+    EngineError,
+    MedrlError,
+    RewardError,
+    UserError,
+    WeightSyncError,
+)
 from medrl.configs.loader import dump_config
 from medrl.configs.schema import Config
 from medrl.data.schedule import Schedule
@@ -137,8 +143,15 @@ class Run:
         try:
             await self._train(interrupt)
         except (Interrupted, EngineError, RewardError):
-            # Both are met between updates, when weights, version and buffer agree.
-            await self._save()
+            await self._save()  # met between updates, when weights, version and buffer agree
+            raise
+        except (WeightSyncError, UserError):
+            # After an update its weights may be saved though they did not reach the engines; the
+            # learner itself may be what broke, and must not hide why.
+            if self._buffer.settled and self._buffer.version:
+                with suppress(MedrlError, TimeoutError):
+                    async with asyncio.timeout(self._config.placement.sync_timeout_s):
+                        await self._save()
             raise
         await self._save()
         if not interrupt.requested:

@@ -38,6 +38,7 @@ ALLOWED = {
 OWNERS = {  # heavy library -> files that may import it, at any depth
     "vllm": {
         "actors/vllm_engine.py",
+        "actors/vllm_calls.py",
         "actors/vllm_start.py",
         "actors/gloo_receiver.py",
         "actors/gpu_receivers.py",

@@ -128,6 +128,33 @@ async def test_a_restored_buffer_rolls_out_again_what_was_in_flight() -> None:
     assert len(await second.take()) == 2
 
 
+async def test_a_batch_that_became_no_version_is_rolled_out_again() -> None:
+    """A checkpoint made after a batch failed in training must not miss its draws for ever."""
+    first = GroupBuffer(prompts=2, staleness=0, total_batches=2)
+    for draw in (await first.admit(), await first.admit()):
+        await first.put(scored(draw or 0, 0))
+    assert len(await first.take()) == 2
+    assert not first.settled
+    second = GroupBuffer(prompts=2, staleness=0, total_batches=2)
+    second.restore(first.state())
+    assert [await second.admit(), await second.admit()] == [0, 1]
+    await first.advance(1)
+    assert first.settled
+    assert first.state().started == {}
+
+
+async def test_a_run_made_shorter_than_its_checkpoint_ends_at_once() -> None:
+    first = GroupBuffer(prompts=2, staleness=2, total_batches=9)
+    for _ in range(5):
+        await first.admit()
+    await first.advance(1)
+    second = GroupBuffer(prompts=2, staleness=2, total_batches=1)
+    second.restore(first.state())
+    async with asyncio.timeout(1):
+        assert await second.take() == []
+        assert await second.admit() is None
+
+
 async def test_a_group_that_was_not_admitted_is_refused() -> None:
     buffer = GroupBuffer(prompts=1, staleness=0, total_batches=1)
     with pytest.raises(ValueError, match="not admitted"):

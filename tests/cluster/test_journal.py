@@ -115,3 +115,16 @@ def test_too_many_failures_stop_the_run_with_examples() -> None:
     refuse_failures(batch, limit=0.5)
     with pytest.raises(RewardError, match=r"1 of 2 .*prompt p7: error, ZeroDivisionError"):
         refuse_failures(batch, limit=0.49)
+
+
+def test_a_line_cut_off_by_a_crash_is_taken_back_before_the_next_is_written(
+    tmp_path: Path,
+) -> None:
+    journal = Journal(tmp_path)
+    record(journal, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "versi')
+    journal = Journal(tmp_path)
+    journal.rewind(1)
+    record(journal, 2)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]

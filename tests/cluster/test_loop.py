@@ -5,24 +5,32 @@ import asyncio
 import gc
 import random
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from builders import make_prompt, make_request
 
 from medrl.actors.buffer import GroupBuffer
 from medrl.actors.fake_engine import FakeEngine, FakeWire
 from medrl.actors.sampler import Sampler
-from medrl.actors.types import Group, RolloutRequest, Score, ScoredGroup, UpdateMetrics
+from medrl.actors.types import (
+    Group,
+    RolloutRequest,
+    Score,
+    ScoredGroup,
+    UpdateMetrics,
+    WeightMeta,
+)
 from medrl.cluster.checkpoints import Checkpoints, DriverState, resume_from
 from medrl.cluster.journal import Journal, read_lines
 from medrl.cluster.loop import Parts, train
 from medrl.cluster.requests import Requests
 from medrl.cluster.sync import Sync
-from medrl.configs.errors import EngineError, RewardError
+from medrl.configs.errors import EngineError, RewardError, WeightSyncError
 from medrl.configs.schema import RewardTerm, RolloutConfig
 from medrl.data.schedule import Schedule
 from medrl.learner.fake_learner import FakeLearner
@@ -180,6 +188,66 @@ async def test_a_broken_reward_stops_the_run_and_is_never_a_zero(tmp_path: Path)
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
+async def test_a_run_that_a_broken_reward_stopped_can_be_resumed(
+    tmp_path: Path, staleness: int
+) -> None:
+    """The batch that was refused is not lost: without it the resumed run would wait for ever."""
+
+    class Broken(Scorer):
+        async def score_group(self, group: Group) -> ScoredGroup:
+            scored = await super().score_group(group)
+            if group.request.draw < 12:
+                return scored
+            failed = Score(components={}, total=0.0, outcome="error", reason="KeyError: 'x'")
+            return replace(scored, scores=(failed,) * 4)
+
+    first = World(tmp_path, steps=6, staleness=staleness, scorer=Broken())
+    with pytest.raises(RewardError):
+        await first.run()
+    step = first.buffer.version
+    assert step == first.learner.updates == 3
+    state = DriverState(step=step, fixed={}, buffer=first.buffer.state())
+    folder = await Checkpoints(tmp_path / "checkpoints", keep=1).save(state, first.learner)
+    second = World(tmp_path, steps=6, staleness=staleness)
+    await resume_from(folder, second.buffer, second.learner)
+    second.parts = replace(second.parts, max_failed_fraction=1.0)  # some failed ones were kept
+    async with asyncio.timeout(20):
+        await second.run()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+    assert draws_trained(tmp_path) == list(range(24))
+
+
+async def test_an_update_whose_push_failed_is_recorded_and_can_be_saved(tmp_path: Path) -> None:
+    """An engine that dies in a push costs no update: learner, buffer and journal agree."""
+
+    class Deaf(FakeEngine):
+        async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+            if self._version == 2:
+                raise EngineError("engine 1 died")
+            return await super().receive(weights)
+
+    first = World(tmp_path, steps=6)
+    first.engines[1].__class__ = Deaf
+    with pytest.raises(WeightSyncError, match="engine 1 died"):
+        await first.run()
+    assert first.learner.updates == first.buffer.version == 3
+    assert first.buffer.settled
+    second = World(tmp_path, steps=6)
+    second.buffer.restore(first.buffer.state())
+    second.learner.skill = first.learner.skill
+    async with asyncio.timeout(20):
+        await second.run()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+    assert draws_trained(tmp_path) == list(range(24))
+
+
+def draws_trained(run: Path) -> list[int]:
+    files = sorted((run / "completions").glob("*.parquet"))
+    tables = [pq.read_table(file, columns=["draw"]).column("draw") for file in files]
+    return sorted(draw for table in tables for draw in table.to_pylist()[::4])
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
 async def test_stopped_and_resumed_trains_every_draw_once(tmp_path: Path, staleness: int) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     first = World(tmp_path, steps=12, staleness=staleness, delays=(0.0, 0.002))
@@ -200,14 +268,7 @@ async def test_stopped_and_resumed_trains_every_draw_once(tmp_path: Path, stalen
     await second.run()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13))
-    import pyarrow.parquet as pq
-
-    draws = [
-        draw
-        for file in sorted((tmp_path / "completions").glob("*.parquet"))
-        for draw in pq.read_table(file, columns=["draw"]).column("draw").to_pylist()[::4]
-    ]
-    assert sorted(draws) == list(range(48))
+    assert draws_trained(tmp_path) == list(range(48))
 
 
 async def test_stopped_and_resumed_is_the_same_run_when_synchronous(tmp_path: Path) -> None:
