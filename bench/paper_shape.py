@@ -2,7 +2,7 @@
 
     python bench/paper_shape.py [--steps 4] [--folder /tmp/paper_shape]
 
-A random Qwen2-VL of some 29 million parameters; images of 392 x 392 (196 visual tokens); 4 prompts x
+A random Qwen2-VL of 31 million parameters; images of 392 x 392 (196 visual tokens); 4 prompts x
 8 completions of 64 tokens (a random model never ends by itself, so both do the same work). TRL
 generates with transformers, since its vLLM mode does not run on a CPU. Prints one JSON object:
 seconds a step, the first one (warm-up) left out.
