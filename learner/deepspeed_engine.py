@@ -133,9 +133,10 @@ class DeepSpeedRank:
 
     # What `learner.update.Stepper` promises.
 
-    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+    def score(
+        self, rows: RowBatch, images: list[models.ImageInputs], *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
         module: Any = self._reference if reference else self._engine
-        images = [self._reader.image(hash) for hash in rows.images]
         scored: tuple[Tensor, Tensor] = module(rows.to(self.device), images)
         return scored
 
@@ -149,6 +150,8 @@ class DeepSpeedRank:
             group["lr"] = learning_rate
         # Without ZeRO DeepSpeed clips but does not say what the norm was.
         norm = _norm(self._policy) if self._stage == 0 else None
+        if norm is not None and not norm.isfinite():
+            return float(norm)  # with ZeRO, DeepSpeed makes no such step either: the norm is inf
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 

@@ -5,10 +5,14 @@ this batch's own optimiser steps changed. With one step it is the policy itself,
 forward pass is needed; the distance to the policy that sampled is measured (`logprob_gap`) and,
 for stale completions, corrected by `importance_cap`. The loss divides by counts over the whole
 optimiser batch, so it is the same for any split over rows, micro-batches and ranks.
+
+Every refusal is of all ranks, for a rank that went on alone would wait for ever. A loss or gradient
+that is no number is refused before it reaches the weights.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from medrl.actors.types import Group, Score, ScoredGroup, UpdateMetrics
-from medrl.configs.errors import LearnerError, MedrlError
+from medrl.configs.errors import LearnerError
 from medrl.learner.batch import PromptInputs, RowBatch, build_rows
 from medrl.learner.grpo import (
     Denominators,
@@ -27,7 +31,7 @@ from medrl.learner.grpo import (
     grpo_loss,
     zero_variance,
 )
-from medrl.learner.model import PromptReader
+from medrl.learner.model import ImageInputs, PromptReader
 from medrl.learner.rows import GroupSize, MicroBatch, Plan, plan_rows
 from medrl.learner.settings import LearnerSettings, learning_rate
 from medrl.learner.sums import Sums
@@ -40,8 +44,10 @@ class Stepper(Protocol):
     world: int
     device: torch.device
 
-    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the rows' tokens, [B, S, C]."""
+    def score(
+        self, rows: RowBatch, images: list[ImageInputs], *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the rows' tokens, [B, S, C]; `images` of `rows.images`."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -49,7 +55,8 @@ class Stepper(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """One optimiser step; returns the gradient's norm before clipping."""
+        """One optimiser step, but none where the gradient is not finite; returns its norm before
+        clipping."""
         ...
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
@@ -89,7 +96,8 @@ class Updater:
         )
 
     def update(self, batch: Sequence[ScoredGroup], version: int) -> UpdateMetrics:
-        """`version`: of the weights before this update. Raises `LearnerError`."""
+        """`version`: of the weights before this update. Raises `LearnerError`; the weights are
+        then whole, but a part of the batch's optimiser steps may be made."""
         started = time.perf_counter()
         config = self._settings.learner
         advantages, same = self._advantages(batch)
@@ -113,8 +121,10 @@ class Updater:
         rate = learning_rate(config, version, self._settings.total_steps)
         norms = []
         for part, rows, start in zip(parts, work, old, strict=True):
-            self._accumulate(rows, start, part.denominators, sums)
+            loss = self._accumulate(rows, start, part.denominators, sums)
+            self._refuse(_not_finite("loss", loss, version))
             norms.append(self._stepper.step(rate))
+            self._refuse(_not_finite("gradient's norm", norms[-1], version))
         totals = sums.over_ranks(self._stepper.reduce)
         return UpdateMetrics(
             loss=totals["loss"] / len(parts),
@@ -172,23 +182,36 @@ class Updater:
     def _read(
         self, batch: Sequence[ScoredGroup], parts: Sequence[_Part]
     ) -> dict[int, PromptInputs]:
-        """The prompts of this rank's groups. Every rank raises what any rank meets, for a rank
-        that went on alone would wait for ever."""
+        """The prompts of this rank's groups."""
         mine = {row.group for part in parts for one in part.micro_batches for row in one.rows}
         prompts, error = {}, ""
         try:
             for index in sorted(mine):
                 prompts[index] = self._reader.read(batch[index].group)
-        except (MedrlError, OSError, ValueError) as problem:
+        except Exception as problem:
             error = str(problem) or type(problem).__name__
+        self._refuse(error)
+        return prompts
+
+    def _images(self, rows: RowBatch) -> list[ImageInputs]:
+        """Of a micro-batch. One that left the cache is read again, and may have changed."""
+        images, error = [], ""
+        try:
+            images = [self._reader.image(hash) for hash in rows.images]
+        except Exception as problem:
+            error = str(problem) or type(problem).__name__
+        self._refuse(error)
+        return images
+
+    def _refuse(self, error: str) -> None:
+        """Raise on every rank what any rank has to say; nothing where all are silent."""
         if error := self._stepper.first_error(error):
             raise LearnerError(error)
-        return prompts
 
     def _logprobs(self, work: Sequence[RowBatch]) -> list[Tensor]:
         """[B, S, C] of each, without gradient."""
         with torch.no_grad():
-            return [self._stepper.score(rows)[0] for rows in work]
+            return [self._stepper.score(rows, self._images(rows))[0] for rows in work]
 
     def _accumulate(
         self,
@@ -196,15 +219,17 @@ class Updater:
         old: Sequence[Tensor] | None,
         denominators: Denominators,
         sums: Sums,
-    ) -> None:
-        """Forward and backward of one optimiser step's micro-batches."""
+    ) -> float:
+        """Forward and backward of one optimiser step's micro-batches; this rank's loss."""
+        loss = torch.zeros((), device=self._stepper.device)
         for number, cpu_rows in enumerate(work):
             rows = cpu_rows.to(self._stepper.device)
+            images = self._images(rows)
             reference = None
             if self._objective.kl_coefficient:
                 with torch.no_grad():
-                    reference = self._stepper.score(rows, reference=True)[0].flatten(0, 1)
-            logprobs, entropies = self._stepper.score(rows)
+                    reference = self._stepper.score(rows, images, reference=True)[0].flatten(0, 1)
+            logprobs, entropies = self._stepper.score(rows, images)
             before = (logprobs.detach() if old is None else old[number]).flatten(0, 1)
             terms = grpo_loss(
                 logprobs.flatten(0, 1),
@@ -218,6 +243,18 @@ class Updater:
             )
             self._stepper.backward(terms.loss, last=number == len(work) - 1)
             sums.add(rows, terms, entropies, before.view_as(logprobs))
+            loss += terms.loss.detach()
+        return float(loss)
+
+
+def _not_finite(what: str, value: float, version: int) -> str:
+    if math.isfinite(value):
+        return ""
+    return (
+        f"step {version + 1}: the {what} is {value}, so the optimiser step was not made and the "
+        "weights are those of the step before; look at gradient_norm and logprob_gap.max of the "
+        "last steps, and resume with a lower learner.learning_rate"
+    )
 
 
 def _size(scored: ScoredGroup) -> GroupSize:

@@ -24,7 +24,7 @@ from medrl.actors.types import (
 from medrl.configs.schema import LearnerConfig, ModelConfig
 from medrl.data.images import ImageStore
 from medrl.learner.batch import RowBatch
-from medrl.learner.model import Policy, PromptReader
+from medrl.learner.model import ImageInputs, Policy, PromptReader
 from medrl.learner.settings import LearnerSettings
 
 CORPUS = ["What modality is this image? A) CT B) MRI C) X-ray D) Ultrasound. Answer with a letter."]
@@ -182,20 +182,23 @@ class PlainStepper:
         self.before = before or policy
         self.rank, self.world, self.device = 0, 1, torch.device("cpu")
         self.policy, self.reference, self.reader = policy, reference, reader
-        self.forwards = 0
+        self.forwards = self.steps = 0
 
-    def score(self, rows: RowBatch, *, reference: bool = False) -> tuple[Tensor, Tensor]:
+    def score(
+        self, rows: RowBatch, images: list[ImageInputs], *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
         self.forwards += 1
         module = self.policy if torch.is_grad_enabled() else self.before
         module = self.reference if reference else module
         assert module is not None
-        scored: tuple[Tensor, Tensor] = module(rows, [self.reader.image(h) for h in rows.images])
+        scored: tuple[Tensor, Tensor] = module(rows, images)
         return scored
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, learning_rate: float) -> float:
+        self.steps += 1
         return float(torch.stack([g.norm() for g in self.gradients().values()]).norm())
 
     def reduce(self, values: Tensor, how: str) -> Tensor:

@@ -21,6 +21,7 @@ from medrl.learner.deepspeed_engine import DeepSpeedRank
 from medrl.learner.settings import LearnerSettings
 
 STAGES = (0, 1, 2, 3)
+GOING_ON = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in STAGES]
 BUDGET = 100  # tokens a micro-batch: a group each
 
 
@@ -28,6 +29,10 @@ class Tapped(DeepSpeedRank):
     """Keeps the whole gradient before each optimiser step."""
 
     gradients: dict[str, Tensor]
+    factor: float = 1.0  # of the loss, where it becomes a gradient
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss * self.factor, last=last)
 
     def step(self, learning_rate: float) -> float:
         from deepspeed.utils import safe_get_full_grad
@@ -80,16 +85,17 @@ def frozen_tower(ranks: Ranks) -> dict[str, Any]:
     return {"changed": {name for name in before if not before[name].equal(after[name])}}
 
 
-def going_on(ranks: Ranks, folder: Path, stage: int) -> dict[str, Any]:
+def going_on(ranks: Ranks, folder: Path, stage: int, dtype: str = "float32") -> dict[str, Any]:
     """Three updates in one go, and again from a checkpoint after the first."""
-    rank = ranks.make(zero_stage=stage, schedule="linear")
+    chosen: dict[str, Any] = {"zero_stage": stage, "schedule": "linear", "dtype": dtype}
+    rank = ranks.make(**chosen)
     batch = mixed_batch(rank._reader)
     rank.update(batch)
     rank.save(folder)
     metrics = [rank.update(batch) for _ in range(2)]
     uninterrupted = rank.values()
     del rank
-    rank = ranks.make(zero_stage=stage, schedule="linear")
+    rank = ranks.make(**chosen)
     rank.load(folder)
     again = [rank.update(batch) for _ in range(2)]
     return {
@@ -134,6 +140,39 @@ def refusal(ranks: Ranks) -> dict[str, Any]:
     return {"error": error, "loss_after": rank.update(batch).loss}
 
 
+def changed_image(ranks: Ranks) -> str:
+    """The last rank finds, in the midst of the batch, that an image is another one than before."""
+    rank = ranks.make(zero_stage=3)
+
+    def changed(hash: str) -> Any:
+        raise LearnerError("image a.png changed while the run was using it")
+
+    if ranks.rank == ranks.world - 1:
+        rank._reader.image = changed  # type: ignore[method-assign]
+    try:
+        rank.update(mixed_batch(rank._reader))
+    except LearnerError as error:
+        return str(error)
+    return ""
+
+
+def poisoned(ranks: Ranks, **changes: Any) -> dict[str, Any]:
+    """The last rank's gradient is no number; all ranks must say so, and keep their weights."""
+    rank = ranks.make(**changes)
+    batch = mixed_batch(rank._reader)
+    rank.update(batch)
+    before = rank.values()
+    if ranks.rank == ranks.world - 1:
+        rank.factor = float("nan")
+    error = ""
+    try:
+        rank.update(batch)
+    except LearnerError as caught:
+        error = str(caught)
+    after = rank.values()
+    return {"error": error, "kept": all(after[name].equal(before[name]) for name in before)}
+
+
 def bfloat16(ranks: Ranks) -> dict[str, Any]:
     rank = ranks.make(zero_stage=0, dtype="bfloat16", learning_rate=1e-4)
     before = rank.values()
@@ -147,17 +186,24 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     }
     results["checkpointed"] = gradients(ranks, zero_stage=3, gradient_checkpointing=True)
     results["two updates"] = gradients(ranks, zero_stage=3, updates_per_batch=2)
+    for stage in (1, 2, 3):
+        results[f"bfloat16 {stage}"] = gradients(ranks, zero_stage=stage, dtype="bfloat16")
     if ranks.world == 1:
         return results
     results["one group"] = gradients(ranks, groups=1, zero_stage=3)
     results["frozen tower"] = frozen_tower(ranks)
-    for stage in (2, 3):
-        folder = out / f"stage{stage}"
+    for stage, dtype in GOING_ON:
+        folder = out / f"stage{stage}{dtype}"
         folder.mkdir(exist_ok=True)
-        results[f"going on {stage}"] = going_on(ranks, folder, stage)
-    results["other run"] = other_run(ranks, out / "stage2")
+        results[f"going on {stage} {dtype}"] = going_on(ranks, folder, stage, dtype)
+    results["other run"] = other_run(ranks, out / "stage2float32")
     results["exported"] = exported(ranks, out / "export")
     results["refusal"] = refusal(ranks)
+    results["changed image"] = changed_image(ranks)
+    for stage in STAGES:
+        results[f"poisoned {stage} float32"] = poisoned(ranks, zero_stage=stage)
+    for stage in (1, 2, 3):
+        results[f"poisoned {stage} bfloat16"] = poisoned(ranks, zero_stage=stage, dtype="bfloat16")
     results["bfloat16"] = bfloat16(ranks)
     return results
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from made_groups import PlainStepper, gradient_gap, image_store, mixed_batch, settings
-from rank_jobs import BUDGET, STAGES, run_ranks
+from rank_jobs import BUDGET, GOING_ON, STAGES, run_ranks
 
 from medrl.actors.types import UpdateMetrics
 from medrl.learner import update
@@ -111,11 +111,12 @@ def test_a_frozen_tower_stays_as_it_is(results: dict[int, dict[str, Any]]) -> No
     assert not any(name.startswith("model.visual") for name in changed)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "dtype"), GOING_ON)
 def test_going_on_from_a_checkpoint_equals_not_stopping(
-    stage: int, results: dict[int, dict[str, Any]]
+    stage: int, dtype: str, results: dict[int, dict[str, Any]]
 ) -> None:
-    found = results[2][f"going on {stage}"]
+    """Two steps, a checkpoint and one more are three: AdamW's state is all there."""
+    found = results[2][f"going on {stage} {dtype}"]
     for name, want in found["uninterrupted"].items():
         torch.testing.assert_close(found["resumed"][name], want, atol=1e-6, rtol=0, msg=name)
     for want, got in found["losses"]:
@@ -147,6 +148,36 @@ def test_a_prompt_one_rank_refuses_is_refused_by_all_and_the_ranks_go_on(
     found = results[2]["refusal"]
     assert found["error"].startswith("prompt p0: the images ['a.png'] here are not those")
     assert abs(found["loss_after"]) < 1  # an update like any other
+
+
+def test_an_image_that_changes_in_the_midst_of_a_batch_is_refused_by_all_ranks(
+    results: dict[int, dict[str, Any]],
+) -> None:
+    assert results[2]["changed image"] == "image a.png changed while the run was using it"
+
+
+POISONED = [f"{stage} float32" for stage in STAGES] + [f"{stage} bfloat16" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("case", POISONED)
+def test_one_ranks_gradient_that_is_no_number_stops_all_and_leaves_the_weights(
+    case: str, results: dict[int, dict[str, Any]]
+) -> None:
+    found = results[2][f"poisoned {case}"]
+    assert "step 2: the gradient's norm is" in found["error"]
+    assert found["kept"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_has_the_scale_of_float32(
+    world: int, stage: int, results: dict[int, dict[str, Any]]
+) -> None:
+    """Averaging over ranks and adding up micro-batches go other ways in DeepSpeed there."""
+    exact: UpdateMetrics = results[1]["zero 0"]["metrics"]
+    rough: UpdateMetrics = results[world][f"bfloat16 {stage}"]["metrics"]
+    assert rough.gradient_norm == pytest.approx(exact.gradient_norm, rel=0.05)
+    assert rough.loss == pytest.approx(exact.loss, abs=0.02)
 
 
 def test_bfloat16_keeps_float32_weights_behind(results: dict[int, dict[str, Any]]) -> None:

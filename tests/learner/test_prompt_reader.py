@@ -68,6 +68,27 @@ def test_a_full_cache_drops_the_oldest_and_makes_it_again(
     assert first.tokens == prompts[0].token_ids.tolist().count(reader.config.image_token_id)
 
 
+def test_an_image_that_changed_after_it_left_the_cache_is_refused(
+    tiny_models: dict[str, Path], image_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_root, tmp_path / "images")
+    path = str(tiny_models["qwen2_vl"])
+    reader = PromptReader(path, image_store(path, tmp_path / "images"), cache_bytes=1)
+    names = ("a.png", "b.png")
+    group = scored_group(reader, names, seed=7, rewards=[0.0, 1.0]).group
+    first, _ = reader.read(group).images
+    shutil.copy(image_root / "c.png", tmp_path / "images" / "a.png")
+    with pytest.raises(LearnerError, match=r"image a\.png changed while the run was using it"):
+        reader.image(first)
+
+
+def test_the_order_of_a_prompts_images_is_part_of_it(readers: dict[str, PromptReader]) -> None:
+    reader = readers["qwen2_vl"]
+    group = scored_group(reader, ("a.png", "d.png"), seed=7, rewards=[0.0, 1.0]).group
+    with pytest.raises(LearnerError, match="prompt p7: the images"):
+        reader.read(replace(group, image_hashes=group.image_hashes[::-1]))
+
+
 def test_a_swapped_image_is_refused(
     tiny_models: dict[str, Path], image_root: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,24 @@ def test_more_updates_than_groups_are_refused(made: Any) -> None:
     updater, _, reader = made(updates_per_batch=3)
     with pytest.raises(LearnerError, match="updates_per_batch = 3"):
         updater.update(mixed_batch(reader)[:2], version=0)
+
+
+@pytest.mark.parametrize("where", ["policy", "reference"])
+def test_a_loss_that_is_no_number_is_refused_before_the_step(made: Any, where: str) -> None:
+    """Of a reference, the gradient would be finite: a clamp lets none of it through."""
+    updater, stepper, reader = made(kl_coefficient=0.1)
+    stepper.reference = copy.deepcopy(stepper.policy)
+    broken = stepper.policy if where == "policy" else stepper.reference
+    with torch.no_grad():
+        broken.vlm.lm_head.weight[3] = float("nan")
+    with pytest.raises(LearnerError, match=r"step 6: the loss is nan, so .* was not made"):
+        updater.update(mixed_batch(reader), version=5)
+    assert stepper.steps == 0
+
+
+def test_a_gradient_that_is_no_number_is_refused(made: Any) -> None:
+    updater, stepper, reader = made()
+    weight = stepper.policy.vlm.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(LearnerError, match=r"step 1: the gradient's norm is (nan|inf)"):
+        updater.update(mixed_batch(reader), version=0)
