@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,20 +17,41 @@ from medrl.cluster.interrupt import Interrupted
 from medrl.configs.errors import MedrlError, UserError
 
 app = typer.Typer(
-    help="GRPO for vision-language models on Ray, vLLM and DeepSpeed.",
+    help=(
+        "GRPO for vision-language models on Ray, vLLM and DeepSpeed.\n\n"
+        "Exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 stopped (Ctrl-C, "
+        "SIGTERM) with a checkpoint."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+MOST_PROBLEMS = 200  # lines; a data set wrong in every row would flood the terminal
 
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file, see configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value, e.g. learner.learning_rate=2e-6.")
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="TOML file, e.g. configs/demo.toml; configs/schema.py has every key. Relative paths "
+        "in it are relative to the working directory.",
+    ),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Win over the file, e.g. learner.learning_rate=2e-6 'data.modalities=[\"CT\"]'.",
+    ),
+]
+
+SCORED_LINE = (
+    'JSON lines: {"id", "completion", "answer", "options"?: ["CT", ...], "mode"?}; other keys are '
+    "kept."
+)
 
 
 def main() -> None:
@@ -57,8 +79,10 @@ def main() -> None:
 
 
 def _complain(*problems: str, status: int) -> int:
-    for problem in problems:
+    for problem in problems[:MOST_PROBLEMS]:
         print(f"error: {problem}", file=sys.stderr)
+    if len(problems) > MOST_PROBLEMS:
+        print(f"error: ... and {len(problems) - MOST_PROBLEMS} more", file=sys.stderr)
     return status
 
 
@@ -70,7 +94,10 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
 ) -> int:
-    """Train a model with GRPO; everything of the run goes to its run directory."""
+    """Train a model with GRPO; everything of the run goes to its run directory.
+
+    That is run.dir/run.name, e.g. runs/demo; the config.toml in it has every key with its value.
+    """
     from medrl.cluster.report import show_result
     from medrl.configs.loader import load_config
 
@@ -84,7 +111,7 @@ def train(
             display.say("checking model, data and rewards")
             prepared = prepare(tree, resume=resume)
             for note in prepared.checked.notes:
-                display.say(note)
+                display.note(note)
             finished = asyncio.run(run_training(prepared, display))
         show_result(tree.run_dir, console, finished=finished)
     return OK if finished else INTERRUPTED
@@ -99,12 +126,17 @@ def evaluate(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
 ) -> int:
-    """Held-out accuracy of a checkpoint, greedy, through the same engines."""
+    """Held-out accuracy of a checkpoint, greedy, through the engines of a run.
+
+    CONFIG says which held-out prompts (data.test, eval.max_prompts), which mode and what placement.
+    """
     from medrl.cluster.report import show_evaluation, write_json
     from medrl.configs.loader import load_config
 
     console = _console()
     tree = load_config(config, overrides or [])
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out: {out} needs to be a file in a folder that exists")
     with _quiet_libraries():
         from medrl.cluster.run import run_evaluation
 
@@ -117,17 +149,19 @@ def evaluate(
 
 @app.command()
 def score(
-    source: Annotated[Path, typer.Argument(help="JSON lines: id, completion, answer, options?.")],
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help=SCORED_LINE)],
     out: Annotated[Path, typer.Option(help="Where the scored lines go, in the same order.")],
     mode: Annotated[
         str, typer.Option(help="think-before, no-think or think-after; a line's own wins.")
     ] = "no-think",
-    policy: Annotated[str, typer.Option(help="How accuracy reads an answer.")] = "strict",
+    policy: Annotated[
+        str, typer.Option(help="How accuracy reads an answer: strict or lenient.")
+    ] = "strict",
     rewards: Annotated[
         str, typer.Option(help="Comma-separated: format, accuracy, my_lab.rewards:lesion_iou.")
     ] = "format,accuracy",
 ) -> int:
-    """Score completions offline."""
+    """Score completions offline: the same lines with "scores", "outcome" and "reason"."""
     from medrl.cluster.report import show_scores
     from medrl.rewards.offline import score_file
 
@@ -142,7 +176,7 @@ def phantom(
     out: Annotated[Path, typer.Option(help="A new folder: OUT/train and OUT/test.")],
     train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1536,
     test: Annotated[int, typer.Option(min=1, help="Held-out images.")] = 96,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same set.")] = 0,
     size: Annotated[int, typer.Option(min=56, max=1024, help="Pixels a side.")] = 84,
     options: Annotated[
         str, typer.Option(help="ordered (easier) or shuffled: how a question's options stand.")
@@ -156,8 +190,14 @@ def phantom(
     if out.exists():
         raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
     aside = out.with_name(f".{out.name}.{os.getpid()}")
-    made = generate(aside, train=train, test=test, seed=seed, size=size, options=_literal(options))
-    aside.rename(out)
+    wanted = _literal(options)
+    try:
+        made = generate(aside, train=train, test=test, seed=seed, size=size, options=wanted)
+        aside.rename(out)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     _console().print(
         f"{out}/train: {made.train_questions} questions, {out}/test: {made.test_questions}, "
         "without a common image",

@@ -56,10 +56,16 @@ class Display:
         """A sentence about what happens now."""
         self._said = text
         if not self._live:
-            self._console.print(f"[{self._name}] {text}", highlight=False, markup=False)
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """A sentence that stays to be read: on a terminal it scrolls above the live table."""
+        line = f"[{self._name}] {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_step(self, metrics: Record) -> None:
         self._last = metrics
+        self._said = "training"
         seconds = float(metrics["seconds.step"])
         kept = SMOOTHING if self._seconds_per_step else 0.0
         self._seconds_per_step = kept * self._seconds_per_step + (1 - kept) * seconds
@@ -70,7 +76,8 @@ class Display:
 
     def on_eval(self, evaluation: Record) -> None:
         self._eval = evaluation
-        self.say(
+        self._said = f"step {evaluation['step']} evaluated"
+        self.note(
             f"held out, step {evaluation['step']}: accuracy {evaluation['accuracy']:.3f}, format "
             f"{evaluation['format']:.3f} (n {evaluation['n']})"
         )
@@ -101,7 +108,9 @@ class Display:
         if self._eval:
             held_out = f"{self._eval['accuracy']:.3f} at step {self._eval['step']}"
             table.add_row(Text("held-out accuracy", style="dim"), held_out)
-        bar = ProgressBar(total=self._steps, completed=int(self._last["step"]), width=60)
+        # In a grid of its own: a bar ends no line.
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=self._steps, completed=int(self._last["step"]), width=60))
         return Group(title, bar, table)
 
 

@@ -61,7 +61,7 @@ def _learning(steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], 
 def _seconds(steps: Sequence[dict[str, Any]], to: Path) -> Path:
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for key in ("step", "rollout", "reward", "learn", "sync", "idle_learner", "idle_rollout"):
-        axis.plot(*_xy(steps, f"seconds.{key}"), label=key, lw=1.2)
+        _line(axis, steps, f"seconds.{key}", key)
     ordered = sorted(s["seconds.step"] for s in steps)
     axis.set(
         title="seconds a step",
@@ -86,9 +86,10 @@ def _accuracy(evals: Sequence[dict[str, Any]], to: Path) -> Path:
             axis.bar(at, values, width, label=f"step {evaluation['step']}")
         middle = width * (len(shown) - 1) / 2
         axis.set_xticks([i + middle for i in range(len(names))], names, rotation=30, ha="right")
-        axis.set(title=f"held-out accuracy by {kind.replace('_', ' ')}", ylim=(0, 1.05))
+        axis.set(title=f"held-out accuracy by {kind.replace('_', ' ')}", ylim=(0, 1.18))
+        axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper center", ncols=len(shown), frameon=False)  # above the bars
     return _save(figure, to / "accuracy.png")
 
 

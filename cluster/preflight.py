@@ -5,7 +5,8 @@ Ends in one `UserError` with all problems, or in what the run needs.
 
 from __future__ import annotations
 
-import os
+import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -
         check_model(model)
     train, test = _load(config, problems, evaluation_only)
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))  # train and test may share one
     prompts = (*train.prompts, *test.prompts)
     with _collected(problems):
         check_rewards(reward_terms(config), config.data.mode, prompts, config.reward.timeout_s)
@@ -82,12 +83,61 @@ def check_model(path: str) -> None:
         family = AutoConfig.from_pretrained(path).model_type
     except (OSError, ValueError) as error:
         where = "" if folder.exists() else f": no such folder here, and from the hub: {error}"
-        detail = where or f" cannot be read: {error}"
+        detail = where or f": config.json cannot be read: {error}"
         raise UserError(f"model.path: {path}{' '.join(detail.split())}") from None
     if family not in FAMILIES:
         raise UserError(f"model.path: {path} is a {family} model; known: {', '.join(FAMILIES)}")
-    if folder.exists() and not list(folder.glob("*.safetensors")):
-        raise UserError(f"model.path: {path} holds no *.safetensors weights")
+    if folder.exists():
+        _check_weights(folder)
+    load_processor(path)
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse missing and cut-off weight files; reads their headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    named = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    problems = []
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            named |= {folder / name for name in weight_map.values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problems.append(f"model.path: {index} is not an index of weight files")
+    if not named:
+        raise UserError(f"model.path: {folder} holds no *.safetensors weights")
+    for file in sorted(named):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            reason = "is missing" if not file.exists() else f"is cut off or broken: {error}"
+            problems.append(f"model.path: {file} {reason}; fetch the model again (git lfs pull?)")
+    if problems:
+        raise UserError(*problems)
+
+
+def load_processor(path: str) -> Any:
+    """The tokenizer and image processor in `path`. Raises `UserError`."""
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(path)
+        flaw = "" if processor.image_processor else "no image processor"
+        flaw = flaw or ("" if processor.chat_template else "no chat template")
+        # Where the files are missing, transformers may make up a tokenizer that knows no word.
+        known = processor.tokenizer.get_vocab().get(processor.image_token)
+        if known != AutoConfig.from_pretrained(path).image_token_id:
+            flaw = flaw or f"a tokenizer for which {processor.image_token} is {known}"
+    except Exception as error:  # whatever is missing, the libraries raise anything
+        flaw = " ".join(str(error).split()) or type(error).__name__
+    if flaw:
+        raise UserError(
+            f"model.path: {path} has no whole processor (tokenizer, image processor, chat "
+            f"template): {flaw}"
+        )
+    return processor
 
 
 @contextmanager
@@ -121,12 +171,12 @@ def _load(
 
 def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: Path) -> None:
     """Refuse prompts that leave no room for a completion of `rollout.max_tokens`."""
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     text_config = AutoConfig.from_pretrained(model).get_text_config()
     limit = min(config.rollout.max_model_len, text_config.max_position_embeddings)
     room = limit - config.rollout.max_tokens
-    processor: Any = AutoProcessor.from_pretrained(model)
+    processor = load_processor(model)
     limits = pixel_limits(processor.image_processor, config.data.max_pixels)
     mode = get_mode(config.data.mode)
     texts = [render_chat(processor, mode.render(p), len(p.images)) for p in prompts]
@@ -176,8 +226,15 @@ def refuse_used_directory(run_dir: Path, *, resume: bool) -> None:
         )
     if resume and not used:
         raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
-    if not os.access(_nearest_existing(run_dir), os.W_OK):
-        raise UserError(f"{run_dir} cannot be written: no permission")
+    existing = _nearest_existing(run_dir)
+    try:
+        # Tried, not asked: root may write everywhere, says os.access, in /proc too.
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".medrl"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {run_dir} cannot be made: {existing}: {error.strerror}"
+        ) from None
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray.util.metrics import Gauge
 
 from medrl.configs.schema import Config
 
 Record = Mapping[str, Any]
-WANDB_TIMEOUT_S = 20
+WANDB_TIMEOUT_S = 20  # of a server that answers slowly
+CONNECT_TIMEOUT_S = 3.0  # of one that is not there
 log = logging.getLogger(__name__)
 
 
@@ -44,45 +48,85 @@ class Prometheus:
 
 
 class WeightsAndBiases:
-    """Steps and evaluations as a W&B run, stored in the run directory where there is no network."""
+    """Steps and evaluations as a W&B run, stored in the run directory where there is no network.
+
+    Whatever W&B does, nothing here raises: a warning, and the run goes on without it.
+    """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb  # slow to import, and most runs do without
 
+        settings = wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S, console="off")
         options: dict[str, Any] = {
             "project": config.run.wandb_project,
             "name": config.run.name,
-            "id": config.run.name,
-            "resume": "allow",
             "dir": str(run_dir),
             "config": config.model_dump(mode="json"),
-            "settings": wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S, console="off"),
+            "settings": settings,
         }
+        online: dict[str, Any] = {"id": config.run.name, "resume": "allow"}
         # An explicit WANDB_MODE wins; without a key W&B would ask for one.
-        if "WANDB_MODE" not in os.environ and not _has_key():
-            options["mode"] = "offline"
-        try:
-            self._run = wandb.init(**options)
-        except Exception as error:  # whatever the network does, the run goes on
-            log.warning("W&B: %s; going on offline", error)
-            self._run = wandb.init(**options | {"mode": "offline"})
+        if "WANDB_MODE" not in os.environ and not _reachable(settings.base_url):
+            online["mode"] = "offline"
+        self._run: Any = None
+        # The second time under an id of its own: a failed start still holds the first.
+        offline: dict[str, Any] = {"mode": "offline"}
+        for more in (online, offline):
+            try:
+                self._run = wandb.init(**options, **more)
+                return
+            except Exception as error:
+                log.warning("W&B (%s): %s", more.get("mode", "online"), error)
 
     def on_step(self, metrics: Record) -> None:
-        self._run.log(dict(metrics), step=int(metrics["step"]))
+        self._log(metrics, step=int(metrics["step"]))
 
     def on_eval(self, evaluation: Record) -> None:
         numbers = {f"eval.{k}": v for k, v in evaluation.items() if isinstance(v, (int, float))}
         # Without a commit the numbers join the next step's, so that W&B's step never goes back.
-        self._run.log(numbers, commit=False)
+        self._log(numbers, commit=False)
 
     def close(self) -> None:
-        self._run.finish()
+        import wandb
+
+        try:
+            if self._run:
+                self._run.finish()
+            # Its process, too: at exit W&B would look for one that ended with the cluster.
+            wandb.teardown()
+        except Exception as error:
+            log.warning("W&B: %s", error)
+
+    def _log(self, numbers: Record, **options: Any) -> None:
+        if self._run:
+            try:
+                self._run.log(dict(numbers), **options)
+            except Exception as error:
+                log.warning("W&B: %s; nothing more is sent to it", error)
+                self._run = None
 
 
-def _has_key() -> bool:
+def _reachable(base_url: str) -> bool:
+    """Whether there is a key for the server and something answers there, soon."""
+    host = urlsplit(base_url).hostname or ""
+    if not _has_key(host):
+        return False
+    if urllib.request.getproxies():
+        return True  # then only W&B itself can tell
+    try:
+        port = urlsplit(base_url).port or 443
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+    except OSError:
+        log.warning("W&B: %s does not answer; the run is recorded offline", host)
+        return False
+    return True
+
+
+def _has_key(host: str) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        hosts = netrc.netrc().hosts
+        return bool(hosts.keys() & {host, "api.wandb.ai", "default"})  # the second: W&B's former
     except (OSError, netrc.NetrcParseError):
         return False

@@ -2,13 +2,15 @@
 
 Strict: unknown keys, wrong types, values out of range, inf and nan are refused, each with its path
 and, for a key, a "did you mean". Overrides are TOML too (`learner.learning_rate=2e-6`); a value
-that is no TOML is a string, so paths need no quotes.
+that is no TOML is a string, so paths need no quotes. Relative paths are relative to the working
+directory, wherever the file lies; "~" is the home directory.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,28 @@ from medrl.configs.check import contradictions
 from medrl.configs.errors import UserError
 from medrl.configs.schema import Config
 
+PATHS = (
+    ("run", "dir"),
+    ("model", "path"),
+    ("data", "train"),
+    ("data", "test"),
+    ("data", "images"),
+)
+
+NEEDS = {
+    "string_pattern_mismatch": "only letters, digits, '.', '_' and '-', a letter or digit first",
+    "string_too_short": "some text",
+    "too_short": "at least one",
+    "tuple_type": 'a list, e.g. ["a", "b"]',
+    "model_type": "a section of keys",
+    "int_type": "an integer",
+    "string_type": "a string",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": 'a table, e.g. {ours = "theirs"}',
+}
+"""By pydantic's type of error, where its own words are of Python or JSON and not of TOML."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in the file at `path` with `overrides` applied.
@@ -32,6 +56,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     problems = [problem for text in overrides if (problem := _apply(tree, text))]
     if problems:
         raise UserError(*problems)
+    _expand_paths(tree)
     # Through JSON, for there strict mode takes a list for a tuple and an integer for a float.
     try:
         config = Config.model_validate_json(json.dumps(tree, default=str))
@@ -55,14 +80,27 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"config file {path} is a folder; name a TOML file in it")
+    if not path.exists():
         near = sorted(str(other) for other in path.parent.glob("*.toml")) if path.parent else []
         hint = f"; {path.parent}/ has: {', '.join(near)}" if near else ""
         raise UserError(f"config file {path} does not exist{hint}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows marks UTF-8
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _expand_paths(tree: dict[str, Any]) -> None:
+    """A resumed run compares paths as text: `starter` and `starter/` are one."""
+    for section, key in PATHS:
+        keys = tree.get(section)
+        if isinstance(keys, dict) and isinstance(text := keys.get(key), str):
+            expanded = os.path.expanduser(text)
+            keys[key] = expanded.rstrip("/") or expanded
 
 
 def _apply(tree: dict[str, Any], override: str) -> str | None:
@@ -108,7 +146,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if kind == "finite_number":
         return f"{where}: got {got}, needs a finite number"
     message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where}: got {_shown(got)}, needs {message[0].lower()}{message[1:]}"
+    needs = NEEDS.get(kind) or f"{message[0].lower()}{message[1:]}"
+    return f"{where}: got {_shown(got)}, needs {needs}"
 
 
 def _shown(value: object) -> str:

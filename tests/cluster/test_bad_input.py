@@ -65,6 +65,9 @@ CONFIG_MISTAKES = [
     ("learner.learning_rate=nan", r"learner\.learning_rate: got nan, needs a finite number"),
     ("rollout.prompts=3", r"rollout\.prompts: got 3, needs a multiple of 2"),
     ("data.mode='no-thnik'", r"data\.mode: got \"no-thnik\", needs"),
+    ("run.name=lab/first", r"run\.name: got \"lab/first\", needs only letters, digits"),
+    ("reward.terms=[]", r"reward\.terms: got \[\], needs at least one\n"),
+    ("data.modalities=CT", r"data\.modalities: got \"CT\", needs a list"),
 ]
 
 
@@ -87,7 +90,10 @@ def test_missing_config_model_data_and_images(medrl, config: Path, tmp_path: Pat
     )
     check(result, r"model\.path: .*nomodel", r"data\.train: no such file or folder")
     assert len(result.lines) == 2
-    check(medrl("train", config, f"data.images={tmp_path / 'noimages'}"), r"no such folder")
+    result = medrl("train", config, f"data.images={tmp_path / 'noimages'}")
+    check(result, r"no such folder")
+    assert len(result.lines) == 1  # train and test share the root: told once
+    check(medrl("train", tmp_path), "is a folder; name a TOML file")
 
 
 def test_a_model_of_another_family_and_a_folder_without_a_model(
@@ -97,6 +103,43 @@ def test_a_model_of_another_family_and_a_folder_without_a_model(
     check(medrl("train", config, f"model.path={tmp_path / 'empty'}"), "has no config.json")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
     check(medrl("train", config, f"model.path={tmp_path / 'empty'}"), "is a bert model; known")
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("size", [0, 100, 5_000])
+def test_weights_that_are_cut_off_are_found_before_an_engine_starts(
+    medrl, config: Path, model: Path, size: int
+) -> None:
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:size])
+    result = medrl("train", config, f"model.path={model}")
+    check(result, re.escape(weights.name) + " is cut off or broken")
+
+
+def test_a_weight_file_that_the_index_names_and_is_missing(
+    medrl, config: Path, model: Path
+) -> None:
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    check(medrl("train", config, f"model.path={model}"), r"00002\.safetensors is missing")
+    index.write_text("[]")
+    check(medrl("train", config, f"model.path={model}"), "is not an index of weight files")
+
+
+@pytest.mark.parametrize("missing", ["tokenizer*", "*processor*"])
+def test_a_model_without_tokenizer_or_image_processor(
+    medrl, config: Path, model: Path, missing: str
+) -> None:
+    files = list(model.glob(missing))
+    assert files
+    for file in files:
+        file.unlink()
+    check(medrl("train", config, f"model.path={model}"), "has no whole processor")
 
 
 def test_broken_json_names_file_and_line(medrl, config: Path, data: Path) -> None:
@@ -161,6 +204,16 @@ def test_a_run_directory_belongs_to_one_run(medrl, config: Path, tmp_path: Path)
     check(medrl("train", config), "already holds a run; go on with --resume")
 
 
+@pytest.mark.parametrize("place", ["/proc/runs", "a-file"])
+def test_a_run_directory_that_cannot_be_made(
+    medrl, config: Path, tmp_path: Path, place: str
+) -> None:
+    """Root may write everywhere, by permission; still /proc takes no folder, and no file does."""
+    (tmp_path / "a-file").write_text("")
+    where = tmp_path / place  # an absolute place stays as it is
+    check(medrl("train", config, f"run.dir={where}"), rf"run\.dir: {where}/test cannot be made")
+
+
 def test_a_checkpoint_of_another_run_or_model(medrl, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "test"
     (run / "checkpoints" / "step_3").mkdir(parents=True)
@@ -182,3 +235,25 @@ def test_an_unknown_option_or_command(medrl, config: Path) -> None:
 
 def test_the_phantom_command_refuses_an_existing_folder(medrl, tmp_path: Path) -> None:
     check(medrl("data", "phantom", "--out", tmp_path), "exists already")
+
+
+def test_a_phantom_folder_that_cannot_be_made_leaves_nothing(medrl, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ("--train", 8, "--test", 8)
+    check(medrl("data", "phantom", "--out", tmp_path / "file" / "x", *arguments), "cannot be writ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_evaluation_names_a_wrong_out_before_it_runs(
+    medrl, config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for out in (tmp_path, tmp_path / "none" / "x.json"):
+        check(medrl("eval", config, "--checkpoint", tiny_model, "--out", out), "--out: .* file in")
+
+
+def test_a_flood_of_problems_is_cut_with_their_number(medrl, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"id": 1, "completion": 1, "answer": "A"}\n' * 1000)
+    result = medrl("score", source, "--out", tmp_path / "out.jsonl")
+    check(result, r"line 200: .*\n(.*\n)*error: \.\.\. and 800 more")
+    assert len(result.lines) == 201
