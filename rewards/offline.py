@@ -51,6 +51,7 @@ def score_file(
     get_mode(mode)
     get_policy(policy)
     _refuse_bad_out(out)
+    out = out.resolve()  # or the rename would replace a link, /dev/stdout for one
     rows = _read(source, mode)
     terms = [_Term(use) for use in rewards]
     scores: list[Score | None] = [None] * len(rows)
@@ -105,6 +106,8 @@ def _encoded(line: dict[str, Any]) -> bytes:
 def _refuse_bad_out(out: Path) -> None:
     if out.is_dir():
         raise UserError(f"{out}: is a folder, needs the name of a file to write")
+    if out.exists() and not out.is_file():  # the rename would put a file in its place
+        raise UserError(f"{out}: is not an ordinary file, and would be replaced; name a file")
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent} to write it in")
 
