@@ -47,8 +47,8 @@ def _by_text(gold: str, options: Sequence[str]) -> set[int]:
     exact = {i for i, option in enumerate(options) if option == gold}
     if exact:
         return exact
-    plain = _plain(gold)
-    return {i for i, option in enumerate(options) if _plain(option) == plain}
+    wanted = plain(gold)
+    return {i for i, option in enumerate(options) if plain(option) == wanted}
 
 
 def _by_label(gold: str | int, num_options: int) -> set[int]:
@@ -59,5 +59,6 @@ def _by_label(gold: str | int, num_options: int) -> set[int]:
     return {index} if index < num_options else set()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a text as it is compared: without case, trailing periods and extra spaces."""
     return " ".join(text.casefold().split()).rstrip(". ")

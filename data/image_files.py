@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -95,6 +96,30 @@ def check_images(root: Path, paths: Iterable[str], workers: int = 0) -> dict[str
         unique = list(dict.fromkeys(paths))
         found = pool.map(lambda path: _check(root, path), unique)
         return {path: problem for path, problem in zip(unique, found, strict=True) if problem}
+
+
+def identify_images(
+    root: Path, paths: Iterable[str], workers: int = 0
+) -> tuple[dict[str, str], dict[str, ImageProblem]]:
+    """Decode every image once; return a digest of each one's pixels, and what is wrong with others.
+
+    The same picture under another name, or saved without loss in another format, is the same.
+    """
+    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+        unique = list(dict.fromkeys(paths))
+        found = list(zip(unique, pool.map(lambda path: _identify(root, path), unique), strict=True))
+    good = {path: digest for path, digest in found if isinstance(digest, str)}
+    return good, {path: wrong for path, wrong in found if not isinstance(wrong, str)}
+
+
+def _identify(root: Path, path: str) -> str | ImageProblem:
+    try:
+        image = decode(locate(root, path))
+    except ImageProblem as problem:
+        return problem
+    digest = hashlib.sha256(f"{image.width} x {image.height}:".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def _check(root: Path, path: str) -> ImageProblem | None:

@@ -28,6 +28,33 @@ class LoadedPrompts:
     notes: tuple[str, ...] = ()  # nothing wrong, but worth a look
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRows:
+    """All rows of a split that can be read, and what is wrong with the others."""
+
+    kept: tuple[tuple[Row, Prompt], ...]  # an id once: the first row of it
+    root: Path
+    holds_images: bool
+    problems: tuple[str, ...]
+
+
+def read_rows(config: DataConfig, split: Literal["train", "test"]) -> ReadRows:
+    """Read a split without filters or images; what is wrong is returned, not raised."""
+    problems = Problems()
+    source = _read(config, split, problems)
+    kept = _prompts(source.rows, problems)
+    _refuse_duplicates((row for row, _ in kept), problems)
+    first: dict[str, tuple[Row, Prompt]] = {}
+    for row, prompt in kept:
+        first.setdefault(prompt.id, (row, prompt))
+    return ReadRows(
+        kept=tuple(first.values()),
+        root=source.root,
+        holds_images=source.holds_images,
+        problems=tuple(problems.found),
+    )
+
+
 def load_prompts(
     config: DataConfig, split: Literal["train", "test"], *, images: bool = True
 ) -> LoadedPrompts:

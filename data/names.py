@@ -34,6 +34,52 @@ QUESTION_TYPES = (
     "Other Biological Attributes",
 )
 
+OMNIMEDVQA_SETS = (
+    "ACRIMA",
+    "ALL Challenge",
+    "Adam Challenge",
+    "BioMediTech",
+    "Blood Cell",
+    "BreakHis",
+    "COVIDx CXR-4",
+    "CRC100k",
+    "Chest CT Scan",
+    "Chest X-Ray PA",
+    "CoronaHack",
+    "Covid CT",
+    "Covid-19 tianchi",
+    "Covid19 heywhale",
+    "DRIMDB",
+    "DeepDRiD",
+    "Diabetic Retinopathy",
+    "Fitzpatrick 17k",
+    "HuSHeM",
+    "ISBI2016",
+    "ISIC2018",
+    "ISIC2019",
+    "ISIC2020",
+    "JSIEC",
+    "Knee Osteoarthritis",
+    "MAlig Lymph",
+    "MHSMA",
+    "MIAS",
+    "Monkeypox Skin Image 2022",
+    "Mura",
+    "NLM- Malaria Data",
+    "OCT & X-Ray 2017",
+    "OLIVES",
+    "PAD-UFES-20",
+    "PALM2019",
+    "Pulmonary Chest MC",
+    "Pulmonary Chest Shenzhen",
+    "RUS CHN",
+    "RadImageNet",
+    "Retinal OCT-C8",
+    "SARS-CoV-2 CT-scan",
+    "Yangxi",
+)
+"""The 42 data sets of OmniMedVQA's open-access part, as its records and folders name them."""
+
 
 def _key(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
@@ -57,3 +103,11 @@ def modality(raw: str) -> str:
 def question_type(raw: str) -> str:
     """Return the canonical name, or `raw` as it is where it is none of the five."""
     return _QUESTION_TYPE_OF.get(_key(raw), raw.strip() or UNKNOWN)
+
+
+_OMNIMEDVQA_KEYS = {_key(name) for name in OMNIMEDVQA_SETS}
+
+
+def is_omnimedvqa_set(raw: str) -> bool:
+    """Is it one of the 42? Case, spaces and punctuation do not matter."""
+    return _key(raw) in _OMNIMEDVQA_KEYS
