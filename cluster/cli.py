@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from medrl.cluster import data_commands
 from medrl.cluster.interrupt import Interrupted
 from medrl.configs.errors import MedrlError, UserError
 
@@ -26,8 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Make, check, split and import data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+data_commands.register(data_app)
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MOST_PROBLEMS = 200  # lines; a data set wrong in every row would flood the terminal
@@ -112,9 +114,27 @@ def train(
             prepared = prepare(tree, resume=resume)
             for note in prepared.checked.notes:
                 display.note(note)
+            if prepared.checkpoint:
+                display.note(_where_it_stands(prepared.checkpoint, tree.run.steps))
             finished = asyncio.run(run_training(prepared, display))
         show_result(tree.run_dir, console, finished=finished)
     return OK if finished else INTERRUPTED
+
+
+def _where_it_stands(checkpoint: Path, steps: int) -> str:
+    """What is left for a resumed run to do. Raises `UserError` where it is past `run.steps`."""
+    from medrl.cluster.checkpoints import read_driver_state
+
+    done = read_driver_state(checkpoint).step
+    if done > steps:
+        raise UserError(
+            f"run.steps: got {steps}, but the run has {done} behind it; name at least {done}"
+        )
+    if done == steps:
+        return (
+            f"all {steps} steps are done; evaluating and exporting again. For more, raise run.steps"
+        )
+    return f"going on after step {done} of {steps}"
 
 
 @app.command("eval")
@@ -137,7 +157,8 @@ def evaluate(
     tree = load_config(config, overrides or [])
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: {out} needs to be a file in a folder that exists")
-    with _quiet_libraries():
+    # Half a minute before the first number; a terminal shows that something happens.
+    with _quiet_libraries(), console.status(f"evaluating {checkpoint}"):
         from medrl.cluster.run import run_evaluation
 
         evaluation = run_evaluation(tree, checkpoint)

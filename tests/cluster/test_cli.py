@@ -39,6 +39,16 @@ def test_a_usage_error_goes_to_stderr(
     assert not printed.out
 
 
+def test_a_resumed_run_says_where_it_stands(tmp_path: Path) -> None:
+    state = {"step": 3, "fixed": {}}
+    state["buffer"] = {"version": 3, "next_draw": 12, "started": {}, "ready": []}
+    (tmp_path / "driver.json").write_text(json.dumps(state))
+    assert cli._where_it_stands(tmp_path, 5) == "going on after step 3 of 5"
+    assert "all 3 steps are done" in cli._where_it_stands(tmp_path, 3)
+    with pytest.raises(UserError, match=r"run\.steps: got 2, but the run has 3 behind it"):
+        cli._where_it_stands(tmp_path, 2)
+
+
 def test_a_home_or_a_trailing_slash_in_a_path_changes_nothing(
     tmp_path: Path, config_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
