@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from medrl.configs.errors import UserError
-from medrl.configs.loader import did_you_mean
+from medrl.data.load import near
 
 Format = Literal["omnimedvqa", "med_r1", "jsonl", "huggingface"]
 Side = Literal["train", "test"]
@@ -42,9 +42,7 @@ def detect(path: Path) -> tuple[FoundSplit, ...]:
         side = _side(split)
         return (FoundSplit(name=split, format="huggingface", path=str(path), side=side),)
     if not path.exists():
-        beside = sorted(other.name for other in path.parent.glob("*"))[:20]
-        near = f"; in {path.parent}, {did_you_mean(path.name, beside)}" if beside else ""
-        raise UserError(f"no such file or folder: {path}{near}")
+        raise UserError(f"no such file or folder: {path}{near(path)}")
     if path.is_dir():
         _refuse_two_divisions(path)
         if both := _both_splits(path):

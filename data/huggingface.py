@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class OpenedRows:
     """A data set opened for reading."""
 
     columns: list[str]
@@ -41,7 +41,7 @@ class _Rows:
 
 def read(name: str, split: str, columns: Mapping[str, str], problems: Problems) -> Source:
     """Read a data set; `name` may end in ":split" where that is not `split`."""
-    opened = _open(name, split, problems)
+    opened = open_rows(name, split, problems)
     if opened is None:
         return Source(rows=(), root=Path())
     saved: set[str] = set()
@@ -68,7 +68,8 @@ def read(name: str, split: str, columns: Mapping[str, str], problems: Problems) 
     return Source(rows=tuple(rows), root=opened.folder)
 
 
-def _open(name: str, split: str, problems: Problems) -> _Rows | None:
+def open_rows(name: str, split: str, problems: Problems) -> OpenedRows | None:
+    """Open a data set; None where it is none, which is a problem then."""
     path = Path(name)
     if not path.exists() and ":" in name:
         name, split = name.rsplit(":", 1)
@@ -78,7 +79,7 @@ def _open(name: str, split: str, problems: Problems) -> _Rows | None:
     return _open_data_set(name, split, problems)
 
 
-def _open_parquet(files: list[Path], problems: Problems) -> _Rows | None:
+def _open_parquet(files: list[Path], problems: Problems) -> OpenedRows | None:
     import pyarrow.parquet as parquet
 
     try:
@@ -89,10 +90,10 @@ def _open_parquet(files: list[Path], problems: Problems) -> _Rows | None:
     batches = (
         batch.to_pylist() for file in opened for batch in file.iter_batches(batch_size=_BATCH)
     )
-    return _Rows(opened[0].schema_arrow.names, batches, files[0].parent)
+    return OpenedRows(opened[0].schema_arrow.names, batches, files[0].parent)
 
 
-def _open_data_set(name: str, split: str, problems: Problems) -> _Rows | None:
+def _open_data_set(name: str, split: str, problems: Problems) -> OpenedRows | None:
     import datasets
 
     local = Path(name).is_dir()
@@ -115,7 +116,9 @@ def _open_data_set(name: str, split: str, problems: Problems) -> _Rows | None:
         for column, feature in found.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    return _Rows(found.column_names, _batches(found, class_names), Path(name) if local else Path())
+    return OpenedRows(
+        found.column_names, _batches(found, class_names), Path(name) if local else Path()
+    )
 
 
 def _batches(found: Any, class_names: Mapping[str, list[str]]) -> Iterator[list[dict[str, Any]]]:
@@ -129,8 +132,11 @@ def _batches(found: Any, class_names: Mapping[str, list[str]]) -> Iterator[list[
         yield rows
 
 
-def save_image(cell: Any, folder: Path) -> str:
-    """Write an image cell, {"bytes", "path"}, into the cache; return its path in there."""
+def save_image(cell: Any, folder: Path, into: Path | None = None) -> str:
+    """Write an image cell, {"bytes", "path"}, into a folder, else the cache; return its path in it.
+
+    `folder` is what the cell's own path is relative to.
+    """
     content = cell.get("bytes") if isinstance(cell, dict) else None
     path = cell.get("path") if isinstance(cell, dict) else None
     if content is None and path:
@@ -142,7 +148,7 @@ def save_image(cell: Any, folder: Path) -> str:
         raise RowError(f"an image must be a path or an Image feature, got {type(cell).__name__}")
     digest = hashlib.sha256(content).hexdigest()
     relative = f"{digest[:2]}/{digest}{Path(path or '').suffix.lower()}"
-    target = cache_folder() / relative
+    target = (into or cache_folder()) / relative
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: a run that starts at the same time never sees half a file.

@@ -113,7 +113,7 @@ def _read(config: DataConfig, split: Literal["train", "test"], problems: Problem
         return huggingface.read(name, split, config.columns, problems)
     path = Path(name)
     if not path.exists():
-        raise UserError(f"data.{split}: no such file or folder: {name}{_near(path)}")
+        raise UserError(f"data.{split}: no such file or folder: {name}{near(path)}")
     if config.format == "jsonl":
         return read_json_lines_table(path, config.columns, problems)
     if config.columns:
@@ -123,7 +123,8 @@ def _read(config: DataConfig, split: Literal["train", "test"], problems: Problem
     return omnimedvqa.read(path, problems)
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
+    """What a path that does not exist may have meant, to be said after it."""
     beside = sorted(other.name for other in path.parent.glob("*"))[:20]
     return f"; in {path.parent}, {did_you_mean(path.name, beside)}" if beside else ""
 

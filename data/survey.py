@@ -25,6 +25,7 @@ class SurveyedSplit:
     where: tuple[str, ...]  # [len(prompts)] file and row
     image_root: Path
     images: Mapping[str, str]  # image path -> identity: equal pixels, equal identity
+    images_found: bool  # at least one is in `image_root`: it is the right folder
     bad_prompts: frozenset[str]  # ids of prompts whose images cannot be used
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -50,9 +51,11 @@ def _survey(found: FoundSplit, root: Path | None) -> SurveyedSplit:
         problems.append(f"{found.path}: no prompts in it")
     identities: dict[str, str] = {path: path for path in paths}
     bad: frozenset[str] = frozenset()
-    if paths and any((image_root / path).exists() for path in paths):
+    images_found = any((image_root / path).exists() for path in paths)
+    if images_found:
         identities, bad = _check_images(read.kept, image_root, paths, problems, notes)
     elif paths and root:
+        bad = frozenset(prompt.id for _, prompt in read.kept if prompt.images)
         problems.append(f"none of the {len(paths)} images is in {root} (first: {paths[0]})")
     elif paths:
         notes.append(
@@ -66,6 +69,7 @@ def _survey(found: FoundSplit, root: Path | None) -> SurveyedSplit:
         where=tuple(row.where for row, _ in read.kept),
         image_root=image_root,
         images=identities,
+        images_found=images_found,
         bad_prompts=bad,
         problems=tuple(problems),
         notes=tuple(notes),

@@ -1,0 +1,222 @@
+"""`medrl data lint`, `split`, `import`. Exit status of lint: 0 no problems, 1 some, 2 no data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from medrl.configs.errors import UserError
+
+if TYPE_CHECKING:
+    from medrl.actors.types import Prompt
+    from medrl.data.lint import Counts, Leakage, LintReport
+
+SHOWN = 50  # problems in the table; --json has all
+
+DataSet = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="OmniMedVQA's folder, Med-R1's split file or folder, .jsonl, Parquet, a save_to_disk "
+        "folder, or a folder that holds train and test of these.",
+    ),
+]
+Root = Annotated[
+    Path | None, typer.Option(help="Folder the image paths are relative to; else PATH's own.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave rows with problems out and count them.")
+]
+
+
+def lint(
+    path: DataSet,
+    root: Root = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all problems.")] = False,
+    mode: Annotated[str, typer.Option(help="Mode of the example prompt.")] = "no-think",
+    against: Annotated[
+        Path | None, typer.Option(help="Another data set, to look for what both share.")
+    ] = None,
+) -> int:
+    """Say what a data set holds and what is wrong with it. Exit status: 0 nothing, 1 something.
+
+    Counts, chance and majority accuracy, images missing or broken, answers that are no option,
+    options that stand there twice, images and questions shared by train and test.
+    """
+    from medrl.data.lint import lint as make_report
+    from medrl.data.survey import survey
+    from medrl.rewards.modes import get_mode
+
+    asked = get_mode(mode)
+    splits = survey(path, root)
+    report = make_report(splits, survey(against, root) if against else ())
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        example = next((prompt for split in splits for prompt in split.prompts), None)
+        shown = (example, asked.render(example)) if example else None
+        _show(report, f"{path}", shown, mode, _console())
+    return 1 if report.problems else 0
+
+
+def split(
+    path: DataSet,
+    out: Annotated[Path, typer.Option(help="A new folder: OUT/train.jsonl, OUT/test.jsonl.")],
+    test: Annotated[float, typer.Option(help="Share of the test set, between 0 and 1.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same split.")] = 0,
+    root: Root = None,
+    skip_bad: SkipBad = False,
+) -> int:
+    """Divide a data set (its own train and test together, where it has them) by images.
+
+    No image is in both parts; modalities and question types are in both in equal shares.
+    """
+    from medrl.data.divide import divide
+
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
+    made = divide(path, out, fraction=test, seed=seed, root=root, skip_bad=skip_bad)
+    console = _console()
+    for sentence in made.notes:
+        console.print(f"note: {sentence}", highlight=False, soft_wrap=True, markup=False)
+    _say_left_out(made.left_out, console)
+    images = f'"{made.image_root}"' if made.image_root else "the folder of their images"
+    console.print(
+        f"{out}/train.jsonl: {made.train} prompts, {out}/test.jsonl: {made.test}, without a common "
+        f'image; read them with data.format = "jsonl" and data.images = {images}',
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    return 0
+
+
+def import_(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="vqa_rad, slake, slake_zh, path_vqa, pmc_vqa, mmmu or medxpertqa."
+        ),
+    ],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The data set's file or folder; FOLDER:SPLIT.")
+    ],
+    out: Annotated[Path, typer.Option(help="A .jsonl file; images it holds go beside it.")],
+    skip_bad: SkipBad = False,
+) -> int:
+    """Write another medical data set as JSON lines that medrl reads; open questions stay open."""
+    from medrl.data.import_files import import_prompts
+    from medrl.data.importers import IMPORTERS
+    from medrl.data.lines import write_prompts
+
+    if out.suffix != ".jsonl" or out.exists():
+        raise UserError(f"--out: {out} needs to be a new file that ends in .jsonl")
+    read = import_prompts(name, source, out.parent)
+    if read.problems and not skip_bad:
+        raise UserError(*read.problems, "nothing was written; --skip-bad leaves such rows out")
+    if not read.prompts:
+        raise UserError(f"{source}: no prompts in it", *read.problems)
+    try:
+        write_prompts(out, read.prompts)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
+    console, importer = _console(), IMPORTERS[name]
+    _say_left_out(read.problems, console)
+    if read.left_out:
+        console.print(f"{read.left_out} left out: {importer.left_out}", highlight=False)
+    open_questions = sum(not prompt.options for prompt in read.prompts)
+    images = out.parent if read.holds_images else Path(source).parent / importer.images
+    console.print(
+        f"{out}: {len(read.prompts)} prompts, {open_questions} of them open questions; "
+        f'read them with data.format = "jsonl" and data.images = "{images}"',
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    return 0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `medrl data`."""
+    app.command()(lint)
+    app.command()(split)
+    app.command("import")(import_)
+
+
+def _show(
+    report: LintReport, path: str, example: tuple[Prompt, str] | None, mode: str, console: Console
+) -> None:
+    console.print(_counts_table(report, path))
+    if report.leakage:
+        console.print(_sentence(report.leakage), highlight=False, soft_wrap=True)
+    if example:
+        prompt, text = example
+        console.print(f"\n{mode}, as asked of {prompt.id} ({len(prompt.images)} images before it):")
+        for line in [*text.splitlines(), f"gold: {prompt.answer}"]:
+            console.print(f"  | {line}", highlight=False, soft_wrap=True, markup=False)
+    console.print()
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    for problem in report.problems[:SHOWN]:
+        console.print(f"problem: {problem}", highlight=False, soft_wrap=True, markup=False)
+    if len(report.problems) > SHOWN:
+        console.print(f"... and {len(report.problems) - SHOWN} more; --json has all")
+    console.print(f"{len(report.problems)} problems", highlight=False)
+
+
+def _counts_table(report: LintReport, path: str) -> Table:
+    table = Table(title=escape(path))
+    for heading in ("", "n", "chance", "majority", "options: prompts"):
+        table.add_column(
+            heading, justify="right" if heading in ("n", "chance", "majority") else "left"
+        )
+    groups: Sequence[Mapping[str, Counts]] = (
+        report.modalities,
+        report.question_types,
+        report.splits,
+        {"all": report.total},
+    )
+    for group in groups:
+        for name, counts in group.items():
+            table.add_row(escape(name), *_cells(counts), style="bold" if name == "all" else None)
+        table.add_section()
+    return table
+
+
+def _cells(counts: Counts) -> tuple[str, str, str, str]:
+    options = ", ".join(
+        f"open: {n}" if size == "0" else f"{size}: {n}" for size, n in counts.option_counts.items()
+    )
+    return (str(counts.n), _fraction(counts.chance), _fraction(counts.majority), options)
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _sentence(leakage: Leakage) -> str:
+    return (
+        f"{leakage.compared} share {leakage.shared_images} images "
+        f"({leakage.prompts_of_shared_images} of {leakage.prompts} prompts of the latter) and "
+        f"{leakage.shared_questions} question texts ({leakage.prompts_of_shared_questions})"
+    )
+
+
+def _say_left_out(sentences: Sequence[str], console: Console) -> None:
+    for sentence in sentences[:SHOWN]:
+        console.print(f"left out: {sentence}", highlight=False, soft_wrap=True, markup=False)
+    if sentences:
+        console.print(f"{len(sentences)} problems, their rows left out", highlight=False)
+
+
+def _console() -> Console:
+    # A pipe has no width of its own, and 80 columns would break the tables.
+    return Console() if sys.stdout.isatty() else Console(width=120)
