@@ -50,7 +50,13 @@ def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -
         raise UserError(*dict.fromkeys(problems))  # train and test may share one
     prompts = (*train.prompts, *test.prompts)
     with _collected(problems):
-        check_rewards(reward_terms(config), config.data.mode, prompts, config.reward.timeout_s)
+        check_rewards(
+            reward_terms(config),
+            config.data.mode,
+            prompts,
+            config.reward.timeout_s,
+            policy=config.reward.policy,
+        )
     with _collected(problems):
         _check_lengths(config, model, prompts, train.image_root)
     if problems:
@@ -210,6 +216,11 @@ def _notes(*loaded: LoadedPrompts) -> tuple[str, ...]:
 def _each_note(loaded: Sequence[LoadedPrompts]) -> Iterator[str]:
     for one in loaded:
         yield from one.notes
+        blind = sum(not prompt.images for prompt in one.prompts)
+        if 0 < blind < len(one.prompts):
+            yield f"{blind} of {len(one.prompts)} prompts have no image, first: " + next(
+                prompt.id for prompt in one.prompts if not prompt.images
+            )
         if one.skipped:
             yield (
                 f"left out {len(one.skipped)} prompts for their images (data.on_bad_image), "
@@ -218,13 +229,15 @@ def _each_note(loaded: Sequence[LoadedPrompts]) -> Iterator[str]:
 
 
 def refuse_used_directory(run_dir: Path, *, resume: bool) -> None:
-    """A run directory belongs to one run. Raises `UserError`."""
-    used = (run_dir / "config.toml").exists() or (run_dir / "metrics.jsonl").exists()
+    """A run directory belongs to one run; one that failed before its first sync may be used again.
+    Raises `UserError`."""
+    # The starting model's own sync is the first thing a run writes down.
+    used = any((run_dir / name).exists() for name in ("metrics.jsonl", "syncs.jsonl"))
     if used and not resume:
         raise UserError(
             f"{run_dir} already holds a run; go on with --resume, or choose another run.name"
         )
-    if resume and not used:
+    if resume and not (run_dir / "config.toml").exists():
         raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
     existing = _nearest_existing(run_dir)
     try:

@@ -41,6 +41,7 @@ from medrl.configs.loader import dump_config
 from medrl.configs.schema import Config
 from medrl.data.schedule import Schedule
 from medrl.rewards.modes import get_mode
+from medrl.rewards.scorer import StrictScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +119,7 @@ class Run:
         self._prepared = prepared
         self._requests = requests
         self._system = system
+        self._strict = StrictScorer(config.data.mode)
         self._journal = journal
         self._display = display
         self._checkpoints = Checkpoints(config.run_dir / "checkpoints", config.run.keep_checkpoints)
@@ -199,7 +201,7 @@ class Run:
             return
         self._display.say(f"evaluating {len(prompts)} held-out prompts")
         groups = await interrupt.cancels(
-            evaluate(prompts, self._requests.greedy, self._system.sampler, self._system.scorer)
+            evaluate(prompts, self._requests.greedy, self._system.sampler, self._strict)
         )
         self._journal.record_eval(summarize(step, "test", groups))
         self._evaluated = step

@@ -61,6 +61,11 @@ def contradictions(config: Config) -> list[str]:
         )
     if config.eval.every and not config.data.test:
         problems.append("eval.every: needs held-out prompts, set data.test")
+    if config.reward.policy == "medr1" and config.data.mode == "think-after":
+        problems.append(
+            'reward.policy: "medr1" with data.mode "think-after"; the released code has no form '
+            'for it, use "strict"'
+        )
     for name, count in Counter(term.use for term in config.reward.terms).items():
         if count > 1:
             problems.append(f"reward.terms: {name!r} is named {count} times; add up its weights")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -96,14 +96,21 @@ class RolloutConfig(Section):
 
 class RewardTerm(Section):
     use: str = Field(min_length=1)
-    """`format`, `accuracy`, or an import path `my_lab.rewards:lesion_iou`."""
+    """`format`, `accuracy`, `yes_no`, `numeric`, `text_match`, `token_f1`, `box_iou`, `length`,
+    `repetition`, or an import path `my_lab.rewards:lesion_iou`."""
     weight: Finite = 1.0
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the reward, e.g. {tolerance = 0.5} of `numeric`."""
 
 
 class RewardConfig(Section):
     terms: tuple[RewardTerm, ...] = Field(
         default=(RewardTerm(use="format"), RewardTerm(use="accuracy")), min_length=1
     )
+    policy: Literal["strict", "lenient", "graded", "medr1"] = "strict"
+    """What `accuracy` and `format` reward in training: one answer tag, its answer written as people
+    write it; also bare answers; half the points for a letter with other text (MedVLM-R1); Med-R1's
+    released code, quirk for quirk. Evaluation is always strict."""
     processes: int = Field(2, ge=1)
     """Size of the pool of killable processes."""
     timeout_s: Positive = 5.0

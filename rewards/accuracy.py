@@ -1,4 +1,4 @@
-"""Is the answer right? 1 or 0, with how it came about. A policy is a function chosen by name.
+"""Is the answer right? 1 or 0 (graded: or 0.5), with how it came about.
 
 An answer is read as people write one: `C`, `(C)`, `C.`, `C) CT`, `Option C`, `Answer: C`, or the
 option's own words. At most one option is ever read, so naming several gains nothing.
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medrl.actors.types import LETTERS, Outcome, Prompt, Score
-from medrl.configs.errors import UserError
 from medrl.rewards.modes import Mode
-
-Policy = Callable[[Mode, Prompt, str], Score]
-"""(mode, prompt, completion) -> a Score whose one component is "accuracy"."""
 
 # These see `plain` text: lower case, single spaces. A dash parts only where a space follows: "-5".
 _LEAD = re.compile(r"^(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)?(?: ?: ?| )")
 _LETTER = re.compile(r"(?:\(([a-z])\)|([a-z])(?!\w))( ?[.:,)])? ?(?:[-–—] )?")
 _LONE_LETTER = re.compile(r"\b[a-j]\b")
+_ANY_CASE_LETTER = re.compile(r"\b[A-Ja-j]\b")
 _LAST_ANSWER = re.compile(r"<\s*+answer\s*+>", re.IGNORECASE)
 _WRAPPING = " *$`'\"“”‘’_[]{}"  # what markup and quoting put around an answer
 _SLACK = 64  # characters an answer may have beyond an option's: "the correct answer is (C):"
@@ -45,6 +42,11 @@ def plain(text: str) -> str:
     return text.lstrip(_WRAPPING).rstrip(_WRAPPING + ".")
 
 
+def without_lead(plain_text: str) -> str:
+    """Return a plain text without "the answer is", "option" and the like before it."""
+    return _LEAD.sub("", plain_text).strip(_WRAPPING)
+
+
 def option_of(text: str, options: Sequence[str]) -> str:
     """Return the letter of the only option with this text, else ""."""
     lettered = list(zip(LETTERS, options, strict=False))
@@ -61,7 +63,7 @@ def choose(answer: str, options: Sequence[str]) -> Choice:
     if len(answer) > max(map(len, options)) + _SLACK:
         return Choice("", "unparsed", "answer too long to be one option")
     whole = plain(answer)
-    body = _LEAD.sub("", whole).strip(_WRAPPING)
+    body = without_lead(whole)
     match = _LETTER.match(body)
     letter = (match[1] or match[2]).upper() if match else ""
     rest = plain(body[match.end() :]) if match else ""
@@ -101,9 +103,7 @@ def _judge_open(answer: str, gold: str) -> Score:
     want, got = plain(gold), plain(answer)
     if answer == gold or (want and want == got):
         return _score("ok")
-    match = (
-        _LETTER.match(_LEAD.sub("", got).strip(_WRAPPING)) if _LONE_LETTER.fullmatch(want) else None
-    )
+    match = _LETTER.match(without_lead(got)) if _LONE_LETTER.fullmatch(want) else None
     if match and (match[1] or match[2]) == want:
         rest = match.string[match.end() :]
         if not rest or ((match[1] or match[3]) and not _LONE_LETTER.search(rest)):
@@ -137,16 +137,30 @@ def lenient(mode: Mode, prompt: Prompt, completion: str) -> Score:
     return whole if whole.outcome == "ok" or last_line == text else judge(last_line, prompt)
 
 
-def _score(outcome: Outcome, reason: str = "") -> Score:
-    value = 1.0 if outcome == "ok" else 0.0
+def graded(mode: Mode, prompt: Prompt, completion: str) -> Score:
+    """MedVLM-R1's three grades: 1 for the letter alone in the answer tag, 0.5 for the letter with
+    other text beside it, 0 where it is wrong or no letter or several stand there. Any case.
+
+    Two differences from its code, neither of which a policy should learn. There, any of the
+    characters A to J counts, inside words too, so that "Option C" (with its i) is 0 and "CT" is 0.5
+    for C; here a letter stands alone. There, the first of several answer tags counts; here, as in
+    `strict`, there is only one. A gold answer that is no letter is judged as in `strict`.
+    """
+    answer = mode.read(completion)
+    if answer.text is None:
+        return _score("unparsed", answer.reason)
+    if not prompt.options and prompt.answer.upper() not in tuple(LETTERS):
+        return judge(answer.text, prompt)
+    letters = _ANY_CASE_LETTER.findall(answer.text)
+    if len(letters) != 1:
+        return _score("unparsed", f"{len(letters) or 'no'} letters in the answer")
+    if letters[0].upper() != prompt.answer.upper():
+        return _score("wrong")
+    if answer.text == letters[0]:
+        return _score("ok")
+    return _score("ok", "text beside the letter", 0.5)
+
+
+def _score(outcome: Outcome, reason: str = "", right: float = 1.0) -> Score:
+    value = right if outcome == "ok" else 0.0
     return Score(components={"accuracy": value}, total=value, outcome=outcome, reason=reason)
-
-
-POLICIES: dict[str, Policy] = {"strict": strict, "lenient": lenient}
-
-
-def get_policy(name: str) -> Policy:
-    """Return a policy by its name. Raises UserError."""
-    if name not in POLICIES:
-        raise UserError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}")
-    return POLICIES[name]

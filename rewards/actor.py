@@ -20,7 +20,9 @@ class RewardActor:
     """A RewardPool as a Ray actor. It dies with its pool: workers follow their parent."""
 
     def __init__(self, config: RewardConfig, mode: str) -> None:
-        self._pool = RewardPool(config.terms, mode, config.processes, config.timeout_s)
+        self._pool = RewardPool(
+            config.terms, mode, config.processes, config.timeout_s, policy=config.policy
+        )
 
     async def score(self, prompt: Prompt, completions: Sequence[str]) -> tuple[Score, ...]:
         return await self._pool.score(prompt, completions)

@@ -1,8 +1,9 @@
 """Put rewards together: resolve the terms of a config, and score a completion with all of them.
 
-A user's reward is any `function(completion: str, prompt: Prompt) -> float | Score` named by its
-import path. One that raises, or returns no finite number, fails its completion: outcome "error",
-never a 0 that would look like a bad answer.
+Built-in ones have plain names: `format`, `accuracy` and those of built_in.py. A user's is any
+`function(completion: str, prompt: Prompt) -> float | Score` named by its import path, and takes its
+term's options as keyword arguments. One that raises, or returns no finite number, fails its
+completion: outcome "error", never a 0 that would look like a bad answer.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 from medrl.actors.types import Outcome, Prompt, Score
 from medrl.configs.errors import UserError
-from medrl.rewards.accuracy import get_policy
-from medrl.rewards.format import judge_form
+from medrl.rewards.built_in import BUILT_IN, make_judge
 from medrl.rewards.modes import Mode, get_mode
+from medrl.rewards.policies import get_policy
 
 Reward = Callable[[str, Prompt], float | Score]
 """(completion, prompt) -> a finite number, or a Score whose total is taken."""
@@ -33,6 +35,17 @@ class Term(Protocol):
     def use(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTerm:
+    """A term that comes from no config."""
+
+    use: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +110,12 @@ def build_rewards(terms: Sequence[Term], mode: str, *, policy: str = "strict") -
     """Resolve the terms. Raises UserError with every problem there is."""
     problems: list[str] = []
     built: list[tuple[str, float, Reward]] = []
-    chosen, judge = get_mode(mode), get_policy(policy)
-    own: dict[str, Reward] = {
-        "format": lambda completion, prompt: judge_form(chosen, completion),
-        "accuracy": lambda completion, prompt: judge(chosen, prompt, completion),
-    }
+    chosen = get_mode(mode)
+    get_policy(policy)
     for term in terms:
         name = term.use.rpartition(":")[2]
         try:
-            built.append((name, term.weight, own.get(term.use) or _import(term.use)))
+            built.append((name, term.weight, _resolve(term, chosen, policy)))
         except UserError as error:
             problems += error.problems
     names = [term.use.rpartition(":")[2] for term in terms]
@@ -122,13 +132,28 @@ def build_rewards(terms: Sequence[Term], mode: str, *, policy: str = "strict") -
     return Rewards(chosen, tuple(built))
 
 
-def _import(path: str) -> Reward:
+def _resolve(term: Term, mode: Mode, policy: str) -> Reward:
+    """Find what a term names. Raises UserError."""
+    if term.use in ("format", "accuracy"):
+        if term.options:
+            raise UserError(f"reward {term.use}: takes no options; reward.policy chooses its rule")
+        chosen = get_policy(policy)
+        if term.use == "format":
+            return lambda completion, prompt: chosen.form(mode, completion)
+        return lambda completion, prompt: chosen.accuracy(mode, prompt, completion)
+    if term.use in BUILT_IN:
+        judge = make_judge(term.use, term.options)
+        return lambda completion, prompt: judge(mode, prompt, completion)
+    return _import(term.use, term.options)
+
+
+def _import(path: str, options: Mapping[str, Any]) -> Reward:
     """Resolve "pkg.module:function". Raises UserError."""
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name.isidentifier()):
         raise UserError(
-            f"unknown reward {path!r}: use format, accuracy, or an import path like "
-            "my_lab.rewards:lesion_iou"
+            f"unknown reward {path!r}: use format, accuracy, {', '.join(BUILT_IN)}, or an import "
+            "path like my_lab.rewards:lesion_iou"
         )
     try:
         module = importlib.import_module(module_name)
@@ -142,11 +167,11 @@ def _import(path: str) -> Reward:
         raise UserError(f"reward {path}: module {module_name} has no {name}") from None
     if not callable(reward):
         raise UserError(f"reward {path}: is a {type(reward).__name__}, not callable")
-    _check_signature(path, reward)
-    return reward  # type: ignore[no-any-return]
+    _check_signature(path, reward, options)
+    return partial(reward, **options)
 
 
-def _check_signature(path: str, reward: Callable[..., object]) -> None:
+def _check_signature(path: str, reward: Callable[..., object], options: Mapping[str, Any]) -> None:
     want = "needs (completion: str, prompt: Prompt) -> float"
     if inspect.iscoroutinefunction(reward):
         raise UserError(f"reward {path}: is an async function; {want}")
@@ -157,6 +182,7 @@ def _check_signature(path: str, reward: Callable[..., object]) -> None:
     if list(signature.parameters)[:2] == ["prompt", "completion"]:
         raise UserError(f"reward {path}: takes (prompt, completion), swapped; {want}")
     try:
-        signature.bind("", None)
+        signature.bind("", None, **options)
     except TypeError:
-        raise UserError(f"reward {path}: its signature is {signature}; {want}") from None
+        given = f", and takes the options {', '.join(options)}" if options else ""
+        raise UserError(f"reward {path}: its signature is {signature}; {want}{given}") from None

@@ -13,15 +13,11 @@ from typing import Any
 
 from medrl.actors.types import LETTERS, Prompt, Score
 from medrl.configs.errors import UserError
-from medrl.rewards.accuracy import get_policy, option_of
+from medrl.rewards.accuracy import option_of
+from medrl.rewards.compose import PlainTerm
 from medrl.rewards.modes import MODES, get_mode
+from medrl.rewards.policies import get_policy
 from medrl.rewards.pool import RewardPool
-
-
-@dataclass(frozen=True, slots=True)
-class _Term:
-    use: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +49,7 @@ def score_file(
     _refuse_bad_out(out)
     out = out.resolve()  # or the rename would replace a link, /dev/stdout for one
     rows = _read(source, mode)
-    terms = [_Term(use) for use in rewards]
+    terms = [PlainTerm(use) for use in rewards]
     scores: list[Score | None] = [None] * len(rows)
     for name in sorted({row.mode for row in rows}):
         places = [place for place, row in enumerate(rows) if row.mode == name]

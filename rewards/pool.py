@@ -44,8 +44,8 @@ class RewardPool:
         start_timeout_s: float = 60.0,
         memory_bytes: int = _MEMORY_BYTES,
     ) -> None:
-        pairs = tuple((term.use, term.weight) for term in terms)
-        setup = Setup(pairs, mode, policy, timeout_s, start_timeout_s, memory_bytes)
+        plain = tuple((term.use, term.weight, dict(term.options)) for term in terms)
+        setup = Setup(plain, mode, policy, timeout_s, start_timeout_s, memory_bytes)
         self._mark = uuid.uuid4().hex
         self._slots = [RewardProcess(setup, self._mark) for _ in range(processes)]
         self._free: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()

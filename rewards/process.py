@@ -30,7 +30,7 @@ _GLANCE_MS = 100  # how often a silent process is looked at: one that is dead ha
 class Setup:
     """What a process needs to know, and what it may use."""
 
-    terms: tuple[tuple[str, float], ...]  # (use, weight)
+    terms: tuple[tuple[str, float, dict[str, Any]], ...]  # (use, weight, options)
     mode: str
     policy: str
     timeout_s: float  # a completion

@@ -1,4 +1,6 @@
-"""Score whole groups. `LocalScorer` does it here; `rewards.actor` in a Ray actor."""
+"""Score whole groups. `LocalScorer` does it here; `rewards.actor` in a Ray actor; `StrictScorer`
+for evaluations, whatever a run is trained on.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from medrl.actors.types import Group, Prompt, Score, ScoredGroup
+from medrl.rewards.compose import PlainTerm, build_rewards
 from medrl.rewards.pool import RewardPool
 
 ScoreCompletions = Callable[[Prompt, Sequence[str]], Awaitable[tuple[Score, ...]]]
@@ -38,3 +41,21 @@ class LocalScorer:
     async def close(self) -> None:
         """Leave no process. Safe to call twice."""
         self._pool.close()
+
+
+class StrictScorer:
+    """Strict accuracy and the mode's form: what evaluations report, so that runs trained on other
+    policies and rewards can be compared.
+
+    In this process: both are ours and linear in the text, so that nothing need be killed.
+    """
+
+    def __init__(self, mode: str) -> None:
+        terms = (PlainTerm("format"), PlainTerm("accuracy"))
+        self._rewards = build_rewards(terms, mode, policy="strict")
+
+    async def score_group(self, group: Group) -> ScoredGroup:
+        return await score_group(self._score, group)
+
+    async def _score(self, prompt: Prompt, completions: Sequence[str]) -> tuple[Score, ...]:
+        return tuple(self._rewards.score(prompt, completion) for completion in completions)

@@ -13,20 +13,14 @@ import resource
 import signal
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from medrl.actors.types import Prompt
 from medrl.configs.errors import UserError
-from medrl.rewards.compose import Rewards, build_rewards
+from medrl.rewards.compose import PlainTerm, Rewards, build_rewards
 from medrl.rewards.wire import pack, unpack
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-@dataclass(frozen=True, slots=True)
-class _Term:
-    use: str
-    weight: float
 
 
 def main() -> None:
@@ -37,7 +31,7 @@ def main() -> None:
     with socket.socket(fileno=descriptor) as link:
         try:
             setup = unpack(link.recv)
-            terms = [_Term(use, weight) for use, weight in setup["terms"]]
+            terms = [PlainTerm(*term) for term in setup["terms"]]
             try:
                 rewards = build_rewards(terms, setup["mode"], policy=setup["policy"])
             except UserError as error:

@@ -33,9 +33,13 @@ def problems(tmp_path: Path, text: str = GOOD, *overrides: str) -> str:
 
 
 def test_what_is_dumped_loads_as_the_same_config(tmp_path: Path) -> None:
+    options = "{tolerance = 0.5, of = [1, 'x']}"
     overrides = ["learner.learning_rate=2e-6", "data.modalities=['CT', 'MRI']"]
+    overrides += [f"reward.terms=[{{use='format'}}, {{use='numeric', options={options}}}]"]
+    overrides += ["reward.policy=graded"]
     config = load_config(write(tmp_path, GOOD), overrides)
     assert load_config(write(tmp_path, dump_config(config))) == config
+    assert config.reward.terms[1].options == {"tolerance": 0.5, "of": [1, "x"]}
     assert config.learner.learning_rate == 2e-6
     assert config.data.modalities == ("CT", "MRI")
 
@@ -83,12 +87,18 @@ def test_a_list_of_sections_says_which_item_is_wrong(tmp_path: Path) -> None:
         ("placement.transport='ipc'", "needs placement.colocate"),
         ("placement.device='cpu'", ""),
         ("eval.every=5", "set data.test"),
+        ("reward.policy=medr1 data.mode=think-after", "the released code has no form for it"),
+        ("reward.policy=medr1 data.mode=think-before", ""),
+        (
+            "reward.policy=kind",
+            "reward.policy: got \"kind\", needs 'strict', 'lenient'",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(
     tmp_path: Path, override: str, said: str
 ) -> None:
-    both = ["placement.learners=2", "learner.updates_per_batch=2", override]
+    both = ["placement.learners=2", "learner.updates_per_batch=2", *override.split()]
     if said:
         assert said in problems(tmp_path, GOOD, *both)
     else:

@@ -160,3 +160,8 @@ def mean(completion: str, prompt: Prompt) -> float:
 def always_spin(completion: str, prompt: Prompt) -> float:
     _spin()
     return 1.0
+
+
+def scaled(completion: str, prompt: Prompt, *, by: float) -> float:
+    """A reward with an option."""
+    return by * len(completion)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medrl.actors.types import LETTERS
 from medrl.configs.errors import UserError
-from medrl.rewards.accuracy import choose, get_policy, lenient, strict
-from medrl.rewards.format import judge_form
-from medrl.rewards.modes import MODES, NO_THINK, THINK_BEFORE
+from medrl.rewards.accuracy import choose, lenient, strict
+from medrl.rewards.modes import NO_THINK, THINK_BEFORE
+from medrl.rewards.policies import POLICIES, get_policy
 
 OPTIONS = ("CT", "MRI", "Ultrasound", "X-ray")
 
@@ -192,62 +189,8 @@ SCRAPS = st.sampled_from(
 def test_no_answer_is_right_for_two_gold_answers(make_prompt, answer):
     """What a policy could gain by hedging: over all gold letters, at most one gives credit."""
     completion = f"<answer>{answer}</answer>"
-    for policy in (strict, lenient):
-        credits = [policy(NO_THINK, make_prompt(gold), completion).total for gold in "ABCD"]
+    for policy in POLICIES.values():
+        credits = [
+            policy.accuracy(NO_THINK, make_prompt(gold), completion).total for gold in "ABCD"
+        ]
         assert sum(credits) <= 1
-
-
-PIECES = ["<answer>", "</answer>", "<think>", "</think>", "<ANSWER>", "</ answer>", "<answer"]
-PIECES += [
-    "A",
-    "B",
-    "C",
-    "D",
-    "E",
-    "c",
-    "(C)",
-    "C)",
-    "CT",
-    "MRI",
-    " or ",
-    ", ",
-    "Option ",
-    "$",
-    "*",
-]
-PIECES += [
-    "\n",
-    " ",
-    "\t",
-    "\u200b",
-    "\u2028",
-    "С",
-    "超声",
-    "\ud800",
-    "é",
-    "🙂",
-    "<b>",
-    "&lt;",
-    "\\",
-    "\0",
-]
-
-
-def test_a_hundred_thousand_random_completions_are_scored(make_prompt):
-    """Never an exception, always 0 or 1, credit only where one answer tag was read; fast."""
-    rng = random.Random(7)
-    prompt, credited = make_prompt("C"), 0
-    completions = ["".join(rng.choices(PIECES, k=rng.randint(0, 12))) for _ in range(100_000)]
-    modes = list(MODES.values())
-    begin = time.thread_time()
-    for number, completion in enumerate(completions):
-        mode = modes[number % 3]
-        accuracy, form = strict(mode, prompt, completion), judge_form(mode, completion)
-        lenient(mode, prompt, completion)
-        assert {accuracy.total, form.total} <= {0.0, 1.0}
-        assert (accuracy.total == 1.0) == (accuracy.outcome == "ok")
-        credited += accuracy.outcome == "ok"
-        if accuracy.outcome == "ok":
-            assert completion.count("<answer>") == completion.count("</answer>") == 1
-    assert credited > 20  # the fuzz does reach right answers
-    assert (time.thread_time() - begin) / len(completions) < 1e-3

@@ -82,7 +82,7 @@ def test_a_sum_that_overflows_is_an_error(make_prompt):
 @pytest.mark.parametrize(
     ("uses", "problem"),
     [
-        (["accurcy"], "unknown reward 'accurcy': use format, accuracy, or an import path"),
+        (["accurcy"], "unknown reward 'accurcy': use format, accuracy, yes_no"),
         (["my_lab."], "unknown reward 'my_lab.'"),
         ([":f"], "unknown reward ':f'"),
         (["nobodys_lab:f"], "nobodys_lab does not import: ModuleNotFoundError: No module named"),

@@ -13,18 +13,18 @@ from medrl.actors.types import Completion, Group, RolloutRequest, Sampling
 from medrl.configs.errors import RewardError
 from medrl.configs.schema import RewardConfig, RewardTerm
 from medrl.rewards.pool import RewardPool
-from medrl.rewards.scorer import LocalScorer
+from medrl.rewards.scorer import LocalScorer, StrictScorer
 
 CONFIG = RewardConfig()
 TEXTS = ("<answer>C</answer>", "<answer>A</answer>", "hm")
 
 
-def group_of(prompt) -> Group:
+def group_of(prompt, texts=TEXTS) -> Group:
     sampling = Sampling(num_completions=3, max_tokens=8, temperature=1.0)
     request = RolloutRequest(draw=0, prompt=prompt, text="?", sampling=sampling, seed=0)
     completions = tuple(
         Completion(token_ids=(1,), logprobs=(-1.0,), text=text, finish_reason="stop", version=0)
-        for text in TEXTS
+        for text in texts
     )
     return Group(
         request=request,
@@ -67,6 +67,34 @@ async def test_a_local_scorer_scores_a_group(make_prompt):
     assert 0 < scored.seconds < 5
     await scorer.close()
     await scorer.close()
+
+
+LOOSE = ("C", "<answer>(C)</answer>", "<answer>C</answer><answer>C</answer>")
+
+
+@pytest.mark.parametrize(
+    ("policy", "accuracy"),
+    [
+        ("strict", [0, 1, 0]),
+        ("lenient", [1, 1, 1]),
+        ("graded", [0, 0.5, 0]),
+        ("medr1", [1, 0, 1]),
+    ],
+)
+async def test_training_scores_by_its_policy_and_evaluation_strictly(make_prompt, policy, accuracy):
+    """Or a run on a kinder policy would report a kinder accuracy."""
+    pytest.importorskip("ray")
+    from medrl.rewards.actor import RewardActor
+
+    group = group_of(make_prompt("C"), LOOSE)
+    actor = RewardActor(RewardConfig(policy=policy), "no-think")
+    trained = await actor.score(group.request.prompt, LOOSE)
+    await actor.close()
+    assert [score.components["accuracy"] for score in trained] == accuracy
+    evaluated = (await StrictScorer("no-think").score_group(group)).scores
+    assert [score.components["accuracy"] for score in evaluated] == [0, 1, 0]
+    assert [score.components["format"] for score in evaluated] == [0, 1, 0]
+    assert [score.outcome for score in evaluated] == ["unparsed", "ok", "unparsed"]
 
 
 @pytest.fixture
