@@ -44,11 +44,11 @@ def _unlabelled(options: tuple[str, ...]) -> list[str]:
 
 
 def _gold(prompt: Prompt) -> str | int:
-    """The letter; an index from 0 or the text where the reader could take the letter for a text."""
+    """The letter, in a spelling that is not also the text of another option."""
     if not prompt.options:
         return prompt.answer
-    index = LETTERS.index(prompt.answer)
-    for gold in (prompt.answer, index, prompt.options[index]):
+    letter = prompt.answer
+    for gold in (letter, f"({letter})", f"{letter})", f"{letter}:", LETTERS.index(letter)):
         try:
             if gold_letter(gold, prompt.options, "either") == prompt.answer:
                 return gold

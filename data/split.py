@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from medrl.actors.types import Prompt
 
-Stratum = tuple[str, str]  # modality, question type
+Stratum = tuple[str, ...]  # modality, question type; of all prompts: ()
 
 
 def split_by_image(
@@ -62,7 +62,7 @@ def _choose(
     bundles: Sequence[tuple[int, ...]], prompts: Sequence[Prompt], fraction: float, random: Random
 ) -> set[int]:
     """Indices of the test prompts."""
-    strata = [Counter(_stratum(prompts[number]) for number in bundle) for bundle in bundles]
+    strata = [_strata(prompts[number] for number in bundle) for bundle in bundles]
     alike: dict[frozenset[tuple[Stratum, int]], list[int]] = defaultdict(list)
     for number, counts in enumerate(strata):
         alike[frozenset(counts.items())].append(number)
@@ -74,10 +74,7 @@ def _choose(
         chosen += numbers[:whole]
         # One more of each make-up at most: beyond that its share would be above the fraction.
         left += numbers[whole : whole + 1]
-    lacking: Counter[Stratum] = Counter()
-    for prompt in prompts:
-        lacking[_stratum(prompt)] += 1
-    need = {stratum: fraction * n for stratum, n in lacking.items()}
+    need = {stratum: fraction * n for stratum, n in _strata(prompts).items()}
     for number in chosen:
         _take(need, strata[number])
     random.shuffle(left)
@@ -90,8 +87,11 @@ def _choose(
     return {index for number in chosen for index in bundles[number]}
 
 
-def _stratum(prompt: Prompt) -> Stratum:
-    return prompt.modality, prompt.question_type
+def _strata(prompts: Iterable[Prompt]) -> Counter[Stratum]:
+    """Prompts of each stratum, and of all: many small strata are not all to be rounded down."""
+    return Counter(
+        stratum for prompt in prompts for stratum in ((prompt.modality, prompt.question_type), ())
+    )
 
 
 def _take(need: dict[Stratum, float], counts: Counter[Stratum]) -> None:
