@@ -176,10 +176,13 @@ def score(
         str, typer.Option(help="think-before, no-think or think-after; a line's own wins.")
     ] = "no-think",
     policy: Annotated[
-        str, typer.Option(help="How accuracy reads an answer: strict or lenient.")
+        str, typer.Option(help="What accuracy and format mean: strict, lenient, graded or medr1.")
     ] = "strict",
     rewards: Annotated[
-        str, typer.Option(help="Comma-separated: format, accuracy, my_lab.rewards:lesion_iou.")
+        str,
+        typer.Option(
+            help="Comma-separated: format, accuracy, token_f1, my_lab.rewards:lesion_iou."
+        ),
     ] = "format,accuracy",
 ) -> int:
     """Score completions offline: the same lines with "scores", "outcome" and "reason"."""
