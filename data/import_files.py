@@ -68,9 +68,17 @@ def import_prompts(name: str, source: str, images_into: Path) -> Imported:
     return Imported(
         prompts=tuple(prompts),
         left_out=left_out,
-        problems=tuple(problems.found),
+        problems=_once(source, problems.found) if not prompts else tuple(problems.found),
         holds_images=bool(saved),
     )
+
+
+def _once(source: str, sentences: list[str]) -> tuple[str, ...]:
+    """Of rows that are all wrong for one reason (a column is missing), tell it once."""
+    reasons = {re.sub(r"^.*?: (row|line) \d+: ", "", sentence) for sentence in sentences}
+    if len(reasons) > 1 or len(sentences) < 2:
+        return tuple(sentences)
+    return (f"{source}: all {len(sentences)} rows: {reasons.pop()}",)
 
 
 def _prompts(
