@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import stat
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,9 @@ MAX_ASPECT = 200
 
 # Not all that Pillow knows: some of its readers start other programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+
+# Pillow warns on the terminal of what `_check_header` refuses, with the image's name, right after.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageProblem(ValueError):
@@ -83,6 +87,8 @@ def decode(path: Path) -> Image.Image:
         raise
     except FileNotFoundError:
         raise ImageProblem("does not exist") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageProblem(f"has far more than {MAX_FILE_PIXELS // 10**6} megapixels") from None
     except UnidentifiedImageError:
         raise ImageProblem("is not an image that can be read") from None
     # Pillow's decoders raise nearly anything on damaged files: OSError, SyntaxError, struct.error.

@@ -44,7 +44,8 @@ def survey(path: Path, root: Path | None = None) -> tuple[SurveyedSplit, ...]:
 def _survey(found: FoundSplit, root: Path | None) -> SurveyedSplit:
     config = DataConfig(format=found.format, train=found.path, test=found.path)
     read = read_rows(config, found.side)
-    problems, notes = list(read.problems), []
+    problems = list(read.problems)
+    notes: list[str] = []
     image_root = root if root and not read.holds_images else read.root
     paths = list(dict.fromkeys(path for _, prompt in read.kept for path in prompt.images))
     if not read.kept and not problems:
