@@ -21,6 +21,7 @@ from medrl.configs.schema import Config, ModelConfig
 from medrl.learner.actor import RayLearner, create_learner
 from medrl.learner.settings import LearnerSettings
 from medrl.rewards.actor import RayScorer
+from medrl.rewards.scorer import StrictScorer
 
 CLOSE_TIMEOUT_S = 8.0  # of an orderly end; past it processes are killed
 MAX_SEQUENCES = 256  # completions an engine works on at once; more wait for whoever is free first
@@ -80,19 +81,16 @@ async def system(
 @asynccontextmanager
 async def engines_and_scorer(
     config: Config, checked: Checked, placement: Placement, model: str, interrupt: Interrupt
-) -> AsyncIterator[tuple[Sampler, RayScorer]]:
+) -> AsyncIterator[tuple[Sampler, StrictScorer]]:
     """What an evaluation needs; the engines serve `model` as it lies on disk."""
     started: list[Any] = []
     try:
-        engines, scorer = await interrupt.cancels(
-            _all(
-                _engines(config, checked, placement, model, started, None),
-                _scorer(config, placement, started),
-            )
+        engines = await interrupt.cancels(
+            _engines(config, checked, placement, model, started, None)
         )
         for engine in engines:
             await engine.resume(0)
-        yield _sampler(config, engines), scorer
+        yield _sampler(config, engines), StrictScorer(config.data.mode)
     finally:
         await _close(started)
 
