@@ -200,8 +200,16 @@ def test_a_run_directory_belongs_to_one_run(medrl, config: Path, tmp_path: Path)
     check(medrl("train", config, "--resume"), "holds no run; start it without --resume")
     used = tmp_path / "runs" / "test"
     used.mkdir(parents=True)
-    (used / "config.toml").write_text("")
+    (used / "syncs.jsonl").write_text("")
     check(medrl("train", config), "already holds a run; go on with --resume")
+
+
+def test_a_run_that_never_came_up_leaves_its_directory_free(tmp_path: Path) -> None:
+    from medrl.cluster.preflight import refuse_used_directory
+
+    (tmp_path / "config.toml").write_text("")
+    refuse_used_directory(tmp_path, resume=False)
+    refuse_used_directory(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("place", ["/proc/runs", "a-file"])
