@@ -49,6 +49,13 @@ class EngineActor:
         await self._engine.close()
 
 
+def death(error: RayActorError) -> str:
+    """Ray's account of a dead actor in one sentence: it prints a page."""
+    first, _, rest = str(error).partition("\n")
+    killed = "Worker exit type: SYSTEM_ERROR" in rest
+    return first.rstrip(". ") + ("; often it was killed for lack of memory" if killed else "")
+
+
 async def create_engine(
     *,
     options: Mapping[str, Any],
@@ -125,8 +132,10 @@ class RayEngine:
                 f"engine {self._index} did not {what} within {timeout_s:g} s"
             ) from None
         except RayActorError as error:
-            raise EngineError(f"engine {self._index} died ({what}): {error}") from error
+            raise EngineError(f"engine {self._index} died ({what}): {death(error)}") from error
         except RayTaskError as error:
             if isinstance(error.cause, MedrlError):
                 raise error.cause from None
             raise EngineError(f"engine {self._index} failed ({what}): {error.cause}") from error
+        except RayError as error:  # out of memory, a lost object, an environment that is not made
+            raise EngineError(f"engine {self._index} failed ({what}): {error}") from error

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from medrl.configs.schema import ModelConfig, RolloutConfig
 from medrl.data.images import ImageStore, LoadedImage
 
 _SHUTDOWN_S = 1.0  # for vLLM's processes to end; then they are killed
+_ALIVE_POLL_S = 0.5  # how often a call looks whether vLLM's process still lives
 _LOG_TAIL_CHARS = 2000  # of vLLM's log, quoted where an engine dies
 
 
@@ -47,15 +49,17 @@ class VllmEngine:
         max_images: int = 1,  # most images in one prompt
         workers: int = 1,  # tensor-parallel size; CPU: 1
         colocated: bool = False,  # shares its GPU with a learner: sleeps while paused
-        log_path: Path | None = None,  # vLLM's output; None: a temporary file
+        log_path: Path | None = None,  # vLLM's output; None: in `scratch`
+        scratch: Path | None = None,  # folder for sockets and digests; None: a temporary one
     ) -> None:
         self._index = index
         self._rollout = rollout
         self._workers = workers
         self._sleeps = colocated and device == "gpu"
         self._asleep = False
-        self._scratch = tempfile.TemporaryDirectory(prefix=f"medrl-engine-{index}-")
-        self._log = log_path or Path(self._scratch.name) / "vllm.log"
+        self._scratch = scratch or Path(tempfile.mkdtemp(prefix=f"medrl-engine-{index}-"))
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._log = log_path or self._scratch / "vllm.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.touch()
         self._log_start = self._log.stat().st_size  # an earlier run may have written there
@@ -73,7 +77,7 @@ class VllmEngine:
         }
         try:
             with output_to(self._log):
-                self._llm = start(options, device)
+                self._llm = start(options, device, self._scratch)
         except Exception as error:
             raise EngineError(f"engine {index} did not start: {error}{self._log_tail()}") from error
         self._tokenizer = self._llm.get_tokenizer()
@@ -104,7 +108,7 @@ class VllmEngine:
             return
         await self._stop_and_clear()
         if self._sleeps:
-            await self._llm.sleep(level=1)
+            await self._while_alive(self._llm.sleep(level=1))
             self._asleep = True
 
     async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
@@ -122,8 +126,8 @@ class VllmEngine:
 
     async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
         if self._asleep:
-            await self._llm.wake_up(tags=["weights"])
-        path = Path(self._scratch.name) / "digests.json"
+            await self._while_alive(self._llm.wake_up(tags=["weights"]))
+        path = self._scratch / "digests.json"
         for old in path.parent.glob(f"{path.name}.*"):
             old.unlink()
         info = {
@@ -145,13 +149,14 @@ class VllmEngine:
 
     async def canary(self, request: RolloutRequest) -> Group:
         await self._wake()
-        await self._llm.resume_generation()  # vLLM's scheduler only: `generate` still waits
+        # vLLM's scheduler only: `generate` still waits.
+        await self._while_alive(self._llm.resume_generation())
         return await self._sample(request)
 
     async def resume(self, version: int) -> None:
         await self._wake()
-        await self._llm.update_weight_version(str(version))
-        await self._llm.resume_generation()
+        await self._while_alive(self._llm.update_weight_version(str(version)))
+        await self._while_alive(self._llm.resume_generation())
         self._version = version
         self._open.set()
 
@@ -161,20 +166,32 @@ class VllmEngine:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # else it reports the end of its process as a failure
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _wake(self) -> None:
         if self._asleep:
-            await self._llm.wake_up()
+            await self._while_alive(self._llm.wake_up())
             self._asleep = False
 
     async def _stop_and_clear(self) -> None:
         """Clears the prefix, image and encoder caches: an update makes all of them stale."""
-        await self._llm.pause_generation(mode="wait", clear_cache=True)
+        await self._while_alive(self._llm.pause_generation(mode="wait", clear_cache=True))
+
+    async def _while_alive(self, call: Awaitable[Any]) -> Any:
+        """The answer to a call; vLLM waits for ever for the one in which its process died."""
+        answer = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({answer}, timeout=_ALIVE_POLL_S))[0]:
+                if self._llm.errored:
+                    tail = self._log_tail()
+                    raise EngineError(f"engine {self._index}: vLLM's process died{tail}")
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def _transfer_call(self, phase: str, method: str, **arguments: Any) -> None:
         try:
-            await self._llm.collective_rpc(method, kwargs=arguments)
+            await self._while_alive(self._llm.collective_rpc(method, kwargs=arguments))
         except Exception as error:
             raise WeightSyncError(
                 f"sync: engine {self._index} failed while {phase}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from medrl.configs.schema import ModelConfig, RolloutConfig
 
 _GIB = 1024**3
+_SOCKET_PATH_BYTES = 107  # Linux's limit
+_SOCKET_NAME_BYTES = 36  # vLLM names a socket by a UUID
 _CPU_BLOCK_TOKENS = 32  # prefix-cache granule; vLLM's 128 shares nothing of a short prompt
 _MAX_RUNNING = 256  # completions decoded side by side
 
@@ -69,8 +72,11 @@ def _cache_bytes(model: ModelConfig, rollout: RolloutConfig, running: int) -> in
     return min(rollout.cpu_cache_gib * _GIB, needed)
 
 
-def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> Any:
-    """Start vLLM in processes of its own. Its settings by environment precede its import."""
+def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"], scratch: Path) -> Any:
+    """Start vLLM in processes of its own. Its settings by environment precede its import.
+
+    Its sockets and other temporary files go into the folder `scratch`, for it leaves them behind
+    when it is killed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device == "cpu":
@@ -80,7 +86,27 @@ def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+    with _temporary_files_in(scratch):
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Of this process, and for good of those it starts meanwhile."""
+    if len(os.fsencode(folder)) + 1 + _SOCKET_NAME_BYTES > _SOCKET_PATH_BYTES:
+        yield  # a socket's path would be too long: they stay where they are by default
+        return
+    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    os.environ |= {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        if before[0] is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before[0]
+        tempfile.tempdir = before[1]
 
 
 @contextlib.contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from medrl.actors.actor import RayEngine, create_engine
 from medrl.actors.sampler import Sampler
@@ -49,12 +52,13 @@ async def system(
 ) -> AsyncIterator[System]:
     """Engines, learner ranks and rewards for the block; they load side by side."""
     started: list[Any] = []
+    scratch = _scratch()
     logs = config.run_dir.absolute() / "logs"
     logs.mkdir(exist_ok=True)
     try:
         engines, learner, scorer = await interrupt.cancels(
             _all(
-                _engines(config, checked, placement, config.model.path, started, logs),
+                _engines(config, checked, placement, config.model.path, started, scratch, logs),
                 _learner(config, checked, placement, started),
                 _scorer(config, placement, started),
             )
@@ -71,11 +75,12 @@ async def system(
                 canary=requests.canary(),
                 max_gap=MAX_GAP[settings.dtype],
                 timeout_s=config.placement.sync_timeout_s,
+                drain_timeout_s=config.rollout.timeout_s,
                 workers_per_engine=_workers(config, placement),
             ),
         )
     finally:
-        await _close(started)
+        await _close(started, scratch)
 
 
 @asynccontextmanager
@@ -84,15 +89,16 @@ async def engines_and_scorer(
 ) -> AsyncIterator[tuple[Sampler, StrictScorer]]:
     """What an evaluation needs; the engines serve `model` as it lies on disk."""
     started: list[Any] = []
+    scratch = _scratch()
     try:
         engines = await interrupt.cancels(
-            _engines(config, checked, placement, model, started, None)
+            _engines(config, checked, placement, model, started, scratch, None)
         )
         for engine in engines:
             await engine.resume(0)
         yield _sampler(config, engines), StrictScorer(config.data.mode)
     finally:
-        await _close(started)
+        await _close(started, scratch)
 
 
 def transport(config: Config, device: str) -> Literal["gloo", "nccl", "ipc"]:
@@ -115,6 +121,7 @@ async def _engines(
     placement: Placement,
     model: str,
     started: list[Any],
+    scratch: Path,
     logs: Path | None,
 ) -> list[RayEngine]:
     async def one(index: int) -> RayEngine:
@@ -134,6 +141,7 @@ async def _engines(
             max_images=checked.max_images,
             workers=_workers(config, placement),
             colocated=config.placement.colocate,
+            scratch=scratch / str(index),
             log_path=logs / f"engine_{index}.log" if logs else None,
         )
 
@@ -179,7 +187,10 @@ def _model(config: Config, path: str) -> ModelConfig:
 
 
 def _sampler(config: Config, engines: list[RayEngine]) -> Sampler:
-    return Sampler(engines, max_sequences=MAX_SEQUENCES, timeout_s=config.rollout.timeout_s)
+    # A stale group may be asked of an engine that is just being synced, and waits for that first.
+    wait = config.placement.sync_timeout_s if config.rollout.staleness else 0.0
+    timeout_s = config.rollout.timeout_s + wait
+    return Sampler(engines, max_sequences=MAX_SEQUENCES, timeout_s=timeout_s)
 
 
 def _workers(config: Config, placement: Placement) -> int:
@@ -197,7 +208,12 @@ async def _all(*starting: Awaitable[Any]) -> list[Any]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _close(started: list[Any]) -> None:
+def _scratch() -> Path:
+    """A short path of this run's own: Unix sockets lie in it."""
+    return Path(tempfile.gettempdir()) / f"medrl-{uuid4().hex[:12]}"
+
+
+async def _close(started: list[Any], scratch: Path) -> None:
     """End everything that was started, failures aside: there is nothing left to save here."""
 
     async def close(one: Any) -> None:
@@ -208,3 +224,4 @@ async def _close(started: list[Any]) -> None:
             log.debug("closing %s: %s", type(one).__name__, error)
 
     await asyncio.gather(*(close(one) for one in started))
+    shutil.rmtree(scratch, ignore_errors=True)  # an engine that was killed could not

@@ -49,11 +49,13 @@ class Sync:
         canary: RolloutRequest,
         max_gap: float,
         timeout_s: float,
+        drain_timeout_s: float = 0.0,
         workers_per_engine: int = 1,
         bucket_bytes: int = 0,
     ) -> None:
         """`engines`: the pool, by index; it may change between pushes. `canary`: greedy, a few
-        tokens, with an image. `max_gap`: nats, see `MAX_GAP`. `timeout_s`: of any one phase.
+        tokens, with an image. `max_gap`: nats, see `MAX_GAP`. `timeout_s`: of any one phase;
+        `drain_timeout_s`: of pausing, if that is more, for running groups end first.
         `bucket_bytes`: 0 for the transport's `BUCKET_BYTES`."""
         self._engines = engines
         self._learner = learner
@@ -61,6 +63,7 @@ class Sync:
         self._canary = canary
         self._max_gap = max_gap
         self._timeout_s = timeout_s
+        self._drain_timeout_s = max(timeout_s, drain_timeout_s)
         self._workers = workers_per_engine
         self._bucket_bytes = bucket_bytes or BUCKET_BYTES[transport]
         self._members: dict[int, Engine] = {}  # of the open transfer group; empty: none is open
@@ -95,7 +98,8 @@ class Sync:
         """Stop all engines until a push; returns them. A push does so itself: call it before an
         update where learner and engines take turns on a GPU."""
         pool = dict(self._engines)
-        await self._together("pausing", {f"engine {i}": pool[i].pause() for i in pool})
+        pausing = {f"engine {i}": pool[i].pause() for i in pool}
+        await self._together("pausing", pausing, self._drain_timeout_s)
         return pool
 
     async def push(self, version: int, step: int) -> Receipt:
@@ -162,10 +166,12 @@ class Sync:
             largest = max(largest, gap)
         return largest
 
-    async def _together(self, phase: str, calls: Mapping[str, Awaitable[Any]]) -> dict[str, Any]:
+    async def _together(
+        self, phase: str, calls: Mapping[str, Awaitable[Any]], timeout_s: float = 0.0
+    ) -> dict[str, Any]:
         """Await all calls, by who answers. All end, or reach the deadline, before an error is
         raised: a party that is still at work must not be called again."""
-        deadline = self._timeout_s + _GRACE_S
+        deadline = (timeout_s or self._timeout_s) + _GRACE_S
         answers = await asyncio.gather(
             *(asyncio.wait_for(call, deadline) for call in calls.values()), return_exceptions=True
         )

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from medrl.actors.actor import death
 from medrl.actors.types import Group, ScoredGroup, Sent, SyncPlan, UpdateMetrics, WeightMeta
 from medrl.configs.errors import LearnerError, MedrlError
 from medrl.learner.settings import LearnerSettings
@@ -196,7 +197,9 @@ def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
     ]
     for rank, error in failures:
         if isinstance(error, RayActorError):
-            return _with_cause(LearnerError(f"learner rank {rank} died ({what}): {error}"), error)
+            return _with_cause(
+                LearnerError(f"learner rank {rank} died ({what}): {death(error)}"), error
+            )
     for _, error in failures:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, MedrlError):

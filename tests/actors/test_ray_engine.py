@@ -77,3 +77,12 @@ async def test_an_engine_that_does_not_answer_is_closed_all_the_same(
     await engine.close()
     with pytest.raises(EngineError, match=r"engine 0 died \(resume\)"):
         await engine.resume(1)
+
+
+async def test_rays_own_failures_become_the_engines() -> None:
+    async def lost() -> None:
+        raise ray.exceptions.OutOfMemoryError("killed for memory")
+
+    engine = RayEngine(None, 3, group_timeout_s=30.0, timeout_s=30.0)
+    with pytest.raises(EngineError, match=r"engine 3 failed \(generate\): .*memory"):
+        await engine.answer("generate", lost, 5.0)

@@ -14,70 +14,14 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from real_runs import ROOT, finish, medrl, wait_for
 
 from medrl.cluster.journal import read_lines
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
 STOP_WITHIN_S = 20.0
 NOT_YET = ("Failed to connect", "ConnectionError", "No available agent")  # a head that just started
-
-
-def medrl(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    """The command line in a process group of its own, as a terminal would have it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "medrl.cluster", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,  # no key for W&B, whoever runs the tests
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == status, f"{out[-3000:]}\n{err[-3000:]}"
-    return out
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("real")
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path, phantom_folder: Path) -> Path:
-    path = folder / "run.toml"
-    path.write_text(f"""
-[run]
-name = "whole"
-steps = 3
-[model]
-path = "{ROOT / "starter"}"
-[data]
-train = "{phantom_folder / "train"}"
-test = "{phantom_folder / "test"}"
-[rollout]
-prompts = 4
-completions = 4
-max_tokens = 24
-max_model_len = 256
-[learner]
-learning_rate = 3e-4
-[placement]
-engines = 2
-learners = 2
-device = "cpu"
-cpus_per_process = 0.2
-[eval]
-every = 3
-max_prompts = 40
-""")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -228,14 +172,6 @@ def test_what_the_cluster_lacks_is_said(folder: Path, config: Path) -> None:
     assert re.search(r"asked for 400 CPUs, the cluster has \d+ free of \d+; lower", err), err
 
 
-def wait_for(condition, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.2)
-
-
 @pytest.fixture
 def head(folder: Path) -> Iterator[dict[str, str]]:
     """A Ray head on loopback with token authentication: the environment to reach it with."""
@@ -310,7 +246,9 @@ def test_the_same_job_on_a_cluster_by_ray_job_submit(
     wrong = submit("run.name=job", directory, "rollout.promts=3")
     assert "did you mean 'prompts'?" in wrong.stdout + wrong.stderr, wrong
     assert wrong.returncode != 0
-    done = submit("run.name=job", directory, "run.steps=1", "eval.max_prompts=8")
+    done = submit(
+        "run.name=job", directory, "run.steps=1", "eval.max_prompts=8", "placement.colocate=true"
+    )
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     assert "succeeded" in done.stdout
     assert [line["step"] for line in read_lines(folder / "runs/job/metrics.jsonl")] == [1]

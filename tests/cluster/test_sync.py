@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 
@@ -115,6 +116,21 @@ async def test_an_engine_that_hangs_is_named_with_the_phase(
     with pytest.raises(WeightSyncError, match=rf"{phase} failed. engine 1: no answer within 0.05"):
         await system.sync.push(1, 1)
     assert None in system.serving()
+
+
+async def test_a_pause_may_take_as_long_as_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running groups end first; with staleness they may be long, and that is no failed sync."""
+    monkeypatch.setattr("medrl.cluster.sync._GRACE_S", 0.0)
+    system = System(timeout_s=0.05, drain_timeout_s=5.0)
+    pause = system.engines[0].pause
+
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+        await pause()
+
+    system.engines[0].pause = slow  # type: ignore[method-assign]
+    await system.sync.push(1, 1)
+    assert system.serving() == [1, 1]
 
 
 async def test_after_a_failed_push_a_new_group_is_formed_and_the_push_can_be_repeated() -> None:

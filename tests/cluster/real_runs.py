@@ -1,0 +1,42 @@
+"""Runs of the command line as a user starts them, for tests on the real engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def medrl(*arguments: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """The command line in a process group of its own, as a terminal would have it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "medrl.cluster", *map(str, arguments)],
+        cwd=cwd,
+        env=environment | variables,  # no key for W&B, whoever runs the tests
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == status, f"{out[-3000:]}\n{err[-3000:]}"
+    return out
+
+
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 240
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.2)
