@@ -28,8 +28,14 @@ FIXED_KEYS = (
     "rollout.prompts",
     "rollout.completions",
     "rollout.staleness",
+    "reward.policy",
+    "model.dtype",
+    "model.freeze_vision",
+    "learner.zero_stage",
+    "placement.learners",
 )
-"""What a resumed run may not change: schedule, random streams and buffer follow from them."""
+"""What a resumed run may not change: schedule, random streams, buffer and the learner's own files
+follow from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,32 @@ def refuse_other_run(state: DriverState, now: dict[str, str | int], checkpoint: 
     ]
     if different:
         raise UserError(*different)
+
+
+def refuse_other_model(checkpoint: Path, model: str) -> None:
+    """Raises `UserError` where the folder `model` holds other tensors than the checkpoint's. A name
+    on the hub is left to the learner, which compares again."""
+    saved, here = checkpoint / "learner" / "model", Path(model)
+    if not here.is_dir():
+        return
+    there, now = tensor_shapes(saved), tensor_shapes(here)
+    odd = sorted(name for name in there | now if there.get(name) != now.get(name))
+    if odd:
+        raise UserError(
+            f"{checkpoint} is of another model than model.path {model}: {len(odd)} tensors differ, "
+            f"first {odd[0]}, {there.get(odd[0], 'absent')} and {now.get(odd[0], 'absent')}"
+        )
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the weights in a Hugging Face folder; reads the files' headers only."""
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 async def resume_from(checkpoint: Path, buffer: GroupBuffer, learner: Learner) -> None:

@@ -24,7 +24,6 @@ from medrl.actors.types import RolloutRequest
 from medrl.cluster.journal import Journal
 from medrl.cluster.metrics import refuse_failures
 from medrl.cluster.sync import Sync
-from medrl.configs.errors import WeightSyncError
 from medrl.learner.learner import Learner
 from medrl.rewards.scorer import Scorer
 
@@ -55,17 +54,13 @@ async def train(parts: Parts) -> None:
             if parts.take_turns:
                 await parts.sync.pause()
             update = await parts.learner.update(batch)
-            step = parts.buffer.version + 1
+            receipt, step = None, parts.buffer.version + 1
             try:
                 receipt = await parts.sync.push(version=step, step=step)
-            except WeightSyncError:  # the update is made all the same, and may be saved
+            finally:  # after a failed push too the update is made, and may be saved
                 await parts.buffer.advance(step)
-                parts.journal.record_step(step, batch, update, None, idle_rollout=0.0)
-                raise
-            await parts.buffer.advance(step)
-            parts.journal.record_step(
-                step, batch, update, receipt, parts.sampler.take_idle_seconds()
-            )
+                idle = parts.sampler.take_idle_seconds()
+                parts.journal.record_step(step, batch, update, receipt, idle)
             await parts.after_step(step)
     finally:
         rollouts.cancel()

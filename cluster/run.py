@@ -16,6 +16,7 @@ from medrl.cluster.checkpoints import (
     DriverState,
     fixed_settings,
     read_driver_state,
+    refuse_other_model,
     refuse_other_run,
     resume_from,
 )
@@ -63,6 +64,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     if checkpoint:
         now = fixed_settings(config, len(checked.train))
         refuse_other_run(read_driver_state(checkpoint), now, checkpoint)
+        refuse_other_model(checkpoint, config.model.path)
     return Prepared(config=config, checked=checked, checkpoint=checkpoint)
 
 

@@ -236,6 +236,20 @@ def test_a_checkpoint_of_another_run_or_model(medrl, config: Path, tmp_path: Pat
     check(result, r"model\.path: .*step_3 was made with 'another/model', now")
 
 
+def test_a_checkpoint_of_a_model_with_other_tensors(tmp_path: Path, tiny_model: Path) -> None:
+    """The path may be the same and the model in it another."""
+    from medrl.cluster.checkpoints import refuse_other_model
+    from medrl.configs.errors import UserError
+    from medrl.learner import tiny
+
+    saved = tmp_path / "step_1" / "learner" / "model"
+    shutil.copytree(tiny_model, saved)
+    refuse_other_model(tmp_path / "step_1", str(tiny_model))
+    tiny.build("qwen2_vl", tmp_path / "other", corpus=["a b c"], hidden=64)
+    with pytest.raises(UserError, match=r"step_1 is of another model than .*\d+ tensors differ"):
+        refuse_other_model(tmp_path / "step_1", str(tmp_path / "other"))
+
+
 def test_an_unknown_option_or_command(medrl, config: Path) -> None:
     check(medrl("train", config, "--resum"), r"[Nn]o such option")
     check(medrl("trian"), "[Nn]o such command")

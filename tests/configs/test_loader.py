@@ -127,7 +127,7 @@ def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     with pytest.raises(UserError, match=r"does not exist; .*run\.toml"):
         load_config(tmp_path / "rum.toml")
-    with pytest.raises(UserError, match="not valid TOML.*line 1"):
+    with pytest.raises(UserError, match=r"not valid TOML.*line 1"):
         load_config(write(tmp_path, "[run\n"))
 
 
