@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # Where pip finds no CPU build of torch by itself: the address of PyTorch's index of CPU wheels.
 TORCH_INDEX ?=
 EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input --root-user-action ignore
+PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 
 .PHONY: setup demo test lint starter clean
 setup: $(READY)
