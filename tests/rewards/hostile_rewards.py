@@ -91,7 +91,7 @@ def _close_all() -> None:
 
 
 def _write_everywhere() -> None:
-    for descriptor in range(3, 50):
+    for descriptor in range(3, 4096):  # a pool of a process with many files has a high one
         try:
             os.write(descriptor, b"\0\0\0\x02{}")
         except OSError:
