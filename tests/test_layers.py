@@ -44,7 +44,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
         "actors/gpu_receivers.py",
         "learner/gpu_senders.py",
     },
-    "deepspeed": {"learner/deepspeed_engine.py", "learner/build_ops.py"},
+    "deepspeed": {"learner/deepspeed_engine.py"},
 }
 
 
