@@ -207,14 +207,14 @@ def phantom(
     ] = "ordered",
 ) -> int:
     """Draw a phantom data set in OmniMedVQA's layout: eight modalities, five question types."""
-    from medrl.data.phantoms import generate
+    from medrl.data.phantoms import Options, generate
 
     if options not in ("ordered", "shuffled"):
         raise UserError(f"--options: got {options!r}, needs ordered or shuffled")
     if out.exists():
         raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
     aside = out.with_name(f".{out.name}.{os.getpid()}")
-    wanted = _literal(options)
+    wanted: Options = "ordered" if options == "ordered" else "shuffled"
     try:
         made = generate(aside, train=train, test=test, seed=seed, size=size, options=wanted)
         aside.rename(out)
@@ -228,10 +228,6 @@ def phantom(
         highlight=False,
     )
     return OK
-
-
-def _literal(options: str) -> Any:
-    return options
 
 
 def _console() -> Console:
