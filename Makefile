@@ -24,7 +24,7 @@ $(READY): pyproject.toml actors/torchvision_cpu.py
 	  { echo "If it was torch that pip did not find: make TORCH_INDEX=<address of PyTorch's index of CPU wheels> setup"; exit 1; }
 	@rm -rf medrl.egg-info build
 	@mkdir -p .types/medrl
-	@for package in actors cluster configs data learner rewards; do \
+	@for package in actors cluster configs data learner reports rewards; do \
 	  ln -sfn ../../$$package .types/medrl/$$package; done
 ifeq ($(EXTRA),cpu)
 	@for tool in g++ openssl; do command -v $$tool >/dev/null || \

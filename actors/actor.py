@@ -12,8 +12,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from medrl.actors.engine import Engine
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
-from medrl.configs.errors import EngineError, MedrlError
+from medrl.configs.errors import EngineError, MedrlError, as_death
 
+_GRACE_S = 2.0  # on top of a collective's own deadline, whose error says more
 _CLOSE_S = 6.0  # for vLLM to end its processes; then the actor is killed
 
 
@@ -29,6 +30,9 @@ class EngineActor:
 
     async def generate(self, request: RolloutRequest) -> Group:
         return await self._engine.generate(request)
+
+    async def ping(self) -> None:
+        await self._engine.ping()
 
     async def pause(self) -> None:
         await self._engine.pause()
@@ -82,7 +86,7 @@ class RayEngine:
 
     def __init__(self, actor: Any, index: int, group_timeout_s: float, timeout_s: float) -> None:
         self._actor = actor
-        self._index = index
+        self.index = index
         self._group_timeout_s = group_timeout_s
         self._timeout_s = timeout_s
 
@@ -92,17 +96,24 @@ class RayEngine:
         group: Group = await self.answer("generate", self._actor.generate.remote, limit, request)
         return group
 
+    async def ping(self) -> None:
+        await self.answer("answer a ping", self._actor.ping.remote, self._timeout_s)
+
     async def pause(self) -> None:
         await self.answer("pause", self._actor.pause.remote, self._group_timeout_s)
 
     async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
         await self.answer(
-            "join a transfer", self._actor.open_transfer.remote, self._timeout_s, plan, rank
+            "join a transfer",
+            self._actor.open_transfer.remote,
+            self._timeout_s + _GRACE_S,
+            plan,
+            rank,
         )
 
     async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
         received: Mapping[str, str] = await self.answer(
-            "receive weights", self._actor.receive.remote, self._timeout_s, weights
+            "receive weights", self._actor.receive.remote, self._timeout_s + _GRACE_S, weights
         )
         return received
 
@@ -123,19 +134,21 @@ class RayEngine:
     async def answer(
         self, what: str, call: Callable[..., Awaitable[Any]], timeout_s: float, *arguments: Any
     ) -> Any:
-        """Call a method of the actor and wait for what it returns, at most `timeout_s`."""
+        """Call a method of the actor and wait for what it returns, at most `timeout_s`. Whatever is
+        not an error that the engine itself raised is told as its death."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await call(*arguments)
         except TimeoutError:
-            raise EngineError(
-                f"engine {self._index} did not {what} within {timeout_s:g} s"
-            ) from None
+            text = f"engine {self.index} did not {what} within {timeout_s:g} s"
+            raise as_death(EngineError(text)) from None
         except RayActorError as error:
-            raise EngineError(f"engine {self._index} died ({what}): {death(error)}") from error
+            text = f"engine {self.index} died ({what}): {death(error)}"
+            raise as_death(EngineError(text)) from error
         except RayTaskError as error:
             if isinstance(error.cause, MedrlError):
                 raise error.cause from None
-            raise EngineError(f"engine {self._index} failed ({what}): {error.cause}") from error
+            raise EngineError(f"engine {self.index} failed ({what}): {error.cause}") from error
         except RayError as error:  # out of memory, a lost object, an environment that is not made
-            raise EngineError(f"engine {self._index} failed ({what}): {error}") from error
+            text = f"engine {self.index} failed ({what}): {error}"
+            raise as_death(EngineError(text)) from error

@@ -3,7 +3,7 @@
 Invariant: no batch holds a completion more than `staleness` versions behind the learner, and
 nothing is ever thrown away for it. Two rules keep it, the same for every bound:
 
-- *admit*: at version v at most (v + staleness + 1) * P groups have ever been started.
+- *admit*: at most (staleness + 1) * P groups are started and not yet trained.
 - *take*: a batch is the first P groups that were scored, as far as that leaves the others in time.
   A group started at version v is due at version v + staleness, and P groups can be taken a version:
   so of the groups due by version d, all but (d - now) * P must be in the batch, and are waited for.
@@ -11,6 +11,12 @@ nothing is ever thrown away for it. Two rules keep it, the same for every bound:
 
 With staleness 0 the first rule starts exactly one batch a version and the second waits for all of
 it: the synchronous loop is the same loop. No ray, no I/O; one asyncio condition.
+
+Dynamic sampling: of the groups scored between two batches, those whose scores are all equal leave
+their places to the next draws; at most `max_replaced`, the first in the order of draws, so that a
+batch is always filled. One with a failed score stays, for failures are counted in batches. With
+staleness 0 a batch is thus the shortest run of draws that holds P groups after this, whatever the
+order they were scored in: timing decides nothing.
 """
 
 from __future__ import annotations
@@ -30,22 +36,33 @@ class BufferState:
     next_draw: int
     started: Mapping[int, int]  # draw -> version at its start, for all not yet taken
     ready: tuple[ScoredGroup, ...]  # scored and not yet taken
+    uniform: tuple[int, ...] = ()  # of the draws that are ready: the next batch may replace them
+    replaced: tuple[ScoredGroup, ...] = ()  # for a batch that became no version; out for good
+    spent: int = 0  # how many of them count as the next batch's
 
 
 class GroupBuffer:
     """Hands out draws (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
 
-    def __init__(self, *, prompts: int, staleness: int, total_batches: int) -> None:
-        """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind."""
+    def __init__(
+        self, *, prompts: int, staleness: int, total_batches: int, max_replaced: int = 0
+    ) -> None:
+        """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind; for
+        each, at most `max_replaced` groups of equal scores are replaced."""
         self._prompts = prompts
         self._staleness = staleness
-        self._total = prompts * total_batches
+        self._batches = total_batches
+        self._max_replaced = max_replaced
         self._version = 0
         self._next_draw = 0
         self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
         self._started: dict[int, int] = {}
         self._out: dict[int, int] = {}  # the batch that is being trained: draw -> version at start
         self._ready: dict[int, ScoredGroup] = {}  # by draw, in the order they were scored
+        self._uniform: set[int] = set()  # draws of equal scores, scored since the last batch
+        self._owed: list[ScoredGroup] = []  # replaced for a batch that a checkpoint found untrained
+        self._spent = 0
+        self._replaced: list[ScoredGroup] = []
         self._stopped = False
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
@@ -60,6 +77,11 @@ class GroupBuffer:
         """The version the engines serve, as `advance` last said."""
         return self._version
 
+    @property
+    def replaced(self) -> list[ScoredGroup]:
+        """Groups replaced in filling the batch last taken, in the order of their draws."""
+        return self._replaced
+
     async def admit(self) -> int | None:
         """The next draw to roll out, once there is room for it; None when the run has no more."""
         async with self._changed:
@@ -68,8 +90,6 @@ class GroupBuffer:
                 return None
             if self._redo:
                 return self._redo.pop(0)
-            if self._next_draw >= self._total:
-                return None
             draw = self._next_draw
             self._next_draw += 1
             self._started[draw] = self._version
@@ -82,6 +102,8 @@ class GroupBuffer:
             raise ValueError(f"group of draw {draw} was not admitted, or was put twice")
         async with self._changed:
             self._ready[draw] = group
+            if group.uniform and not any(score.failed for score in group.scores):
+                self._uniform.add(draw)
             self._changed.notify_all()
 
     async def take(self) -> list[ScoredGroup]:
@@ -97,10 +119,16 @@ class GroupBuffer:
                 return []
             draws = self._choose()
             batch = [self._ready.pop(draw) for draw in sorted(draws)]
+            leaving = self._leaving()
+            self._replaced = [*self._owed, *(self._ready.pop(draw) for draw in leaving)]
+            self._owed, self._spent, self._uniform = [], 0, set()
             self._out = {draw: self._started.pop(draw) for draw in draws}
+            for draw in leaving:
+                del self._started[draw]
             oldest = min(group.group.version for group in batch)
             age = self._version - oldest
             assert age <= self._staleness, f"a group {age} versions old got into a batch"
+            self._changed.notify_all()
             return batch
 
     async def advance(self, version: int) -> None:
@@ -123,12 +151,19 @@ class GroupBuffer:
             self._changed.notify_all()
 
     def state(self) -> BufferState:
-        """What to write into a checkpoint."""
+        """What to write into a checkpoint. A batch that is being trained is rolled out again, but
+        not what was replaced for it."""
+        lost = self._replaced if self._out else []
+        # Places that groups scored since then have left already are not asked back.
+        spent = self._spent or (0 if self._uniform else len(lost))
         return BufferState(
             version=self._version,
             next_draw=self._next_draw,
-            started=self._started | self._out,  # what is not yet a version is rolled out again
+            started=self._started | self._out,
             ready=tuple(self._ready.values()),
+            uniform=tuple(sorted(self._uniform)),
+            replaced=(*self._owed, *lost),
+            spent=spent,
         )
 
     def restore(self, state: BufferState) -> None:
@@ -136,17 +171,24 @@ class GroupBuffer:
         self._version = state.version
         self._next_draw = state.next_draw
         self._ready = {group.group.request.draw: group for group in state.ready}
+        self._uniform = set(state.uniform)
+        self._owed, self._spent = list(state.replaced), state.spent
         self._redo = sorted(draw for draw in state.started if draw not in self._ready)
         # What is rolled out again is as fresh as the version it is rolled out from.
         self._started = dict(state.started) | dict.fromkeys(self._redo, state.version)
 
     def _has_room(self) -> bool:
-        room = (self._version + self._staleness + 1) * self._prompts
-        drawn = self._finished() or self._next_draw >= self._total
-        return bool(self._redo) or drawn or self._next_draw < room
+        batches = min(self._staleness + 1, self._batches - self._version)
+        untrained = len(self._out) + len(self._started) - len(self._leaving())
+        return bool(self._redo) or self._finished() or untrained < batches * self._prompts
 
     def _finished(self) -> bool:
-        return self._version * self._prompts >= self._total
+        return self._version >= self._batches
+
+    def _leaving(self) -> list[int]:
+        """Draws that the next batch would leave out for good. One may be kept after all, when an
+        earlier draw takes its place among the replaced: so no group becomes due earlier."""
+        return sorted(self._uniform)[: max(0, self._max_replaced - self._spent)]
 
     def _has_answer(self) -> bool:
         stopped = self._stopped or self._failure is not None
@@ -158,14 +200,17 @@ class GroupBuffer:
     def _choose(self) -> list[int]:
         """Draws of the next batch; fewer than P while one must be waited for."""
         chosen: list[int] = []  # in the order they were scored, within each due version
+        leaving = set(self._leaving())
+        dues = {draw: self._due(draw) for draw in self._started if draw not in leaving}
 
         def take_first(count: int, due: int) -> None:
-            free = (d for d in self._ready if d not in chosen and self._due(d) <= due)
+            ready = (d for d in self._ready if d in dues)
+            free = (d for d in ready if d not in chosen and dues[d] <= due)
             chosen.extend(list(free)[: max(0, count)])
 
         last = self._version + self._staleness
-        for due in sorted({self._due(draw) for draw in self._started} | {last}):
-            by_then = sum(self._due(draw) <= due for draw in self._started)
+        for due in sorted({*dues.values(), last}):
+            by_then = sum(other <= due for other in dues.values())
             must_go = by_then - (due - self._version) * self._prompts
             if due == last:
                 must_go = self._prompts  # nothing is due later: fill the batch

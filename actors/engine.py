@@ -20,7 +20,11 @@ class Engine(Protocol):
 
     async def generate(self, request: RolloutRequest) -> Group:
         """Sample one group. Raises `UserError` for a prompt too long for the model (never cut),
-        `EngineError` for anything else."""
+        `EngineError` for anything else; `died` says whether another engine may do better."""
+        ...
+
+    async def ping(self) -> None:
+        """Answer, where it could generate. Raises `EngineError`."""
         ...
 
     async def pause(self) -> None:

@@ -1,8 +1,8 @@
 """An engine in plain Python that obeys the `Engine` protocol, for tests of the loop in a second.
 
 Its model is one number, `skill`: the chance that a completion is the right letter in the asked
-tags. It refuses what the real engine refuses: generating before a version was given, receiving
-while serving, weights that were not announced.
+tags; where its images are blanked it knows nothing. It refuses what the real engine refuses:
+generating before a version was given, receiving while serving, weights that were not announced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from medrl.actors.types import (
     SyncPlan,
     WeightMeta,
 )
-from medrl.configs.errors import EngineError
+from medrl.configs.errors import EngineError, WeightSyncError
 
 END_TOKEN = 0
 Tensor = tuple[float, ...]
@@ -40,6 +40,11 @@ class FakeWire:
 
     def join(self, rank: int) -> None:
         self.mailboxes[rank] = asyncio.Queue()
+
+    def hang_up(self) -> None:
+        """The learner is gone: who waits for a tensor hears so."""
+        for mailbox in self.mailboxes.values():
+            mailbox.put_nowait(("", ()))
 
 
 def fake_completion(skill: float, right: str, rng: random.Random, version: int) -> Completion:
@@ -91,6 +96,9 @@ class FakeEngine:
             if not self._running:
                 self._idle.set()
 
+    async def ping(self) -> None:
+        await asyncio.sleep(0)
+
     async def pause(self) -> None:
         self._serving.clear()
         await self._idle.wait()
@@ -107,6 +115,8 @@ class FakeEngine:
         digests = {}
         for meta in weights:
             name, tensor = await self._wire.mailboxes[self._rank].get()
+            if not name:
+                raise WeightSyncError("connection closed by the learner")
             if (name, (len(tensor),)) != (meta.name, meta.shape):
                 raise EngineError(f"got {name} of {len(tensor)}, expected {meta.name} {meta.shape}")
             self._weights[name] = tensor
@@ -130,6 +140,8 @@ class FakeEngine:
         prompt = request.prompt
         right = prompt.answer if prompt.options else LETTERS[0]
         greedy = request.sampling.temperature == 0
+        if request.blind and prompt.images:
+            skill = 0.0
         completions = tuple(
             fake_completion(
                 round(skill) if greedy else skill,
@@ -142,7 +154,9 @@ class FakeEngine:
         return Group(
             request=request,
             prompt_token_ids=tuple(request.text.encode()),
-            image_hashes=tuple(f"hash of {path}" for path in prompt.images),
+            image_hashes=tuple(
+                "hash of grey" if request.blind else f"hash of {path}" for path in prompt.images
+            ),
             completions=completions,
             engine=self._index,
             seconds=seconds,

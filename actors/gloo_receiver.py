@@ -11,7 +11,11 @@ Two of the three traps of a sync are mended here (the third, stale caches, in `v
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,13 +40,26 @@ BACKENDS = {
 }
 
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def register() -> None:
     """Make the receivers known to vLLM in this process; again is harmless."""
+    if parent := multiprocessing.parent_process():
+        _end_with(parent.pid)
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     for backend, (module, name) in BACKENDS.items():
         if backend not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(backend, module, name)
+
+
+def _end_with(parent: int | None) -> None:
+    """vLLM's processes look for a parent's death in part only: killed, an actor would leave one
+    that holds its memory, and the engine started in its place would lack it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that call
+        os._exit(1)
 
 
 @dataclass

@@ -1,53 +1,90 @@
-"""The rollout pool: sends each group to the engine with the least work.
+"""Sends each group to the serving engine with the least work, and to another where that one dies.
 
 A group never splits over engines, so its image is encoded and its prompt prefilled once. Groups
 beyond what an engine can work on at once wait here, not in its queue: whichever engine is free
 first takes the next one, and nothing waits for the slowest engine.
+
+An engine that dies or hangs costs its groups time and nothing else: the same request, with the same
+seeds, goes to another engine, or waits until one serves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 
 from medrl.actors.engine import Engine
+from medrl.actors.pool import EnginePool
 from medrl.actors.types import Group, RolloutRequest
-from medrl.configs.errors import EngineError
+from medrl.configs.errors import EngineError, as_death
+
+MAX_DEATHS = 4
+"""A group that was with so many engines when they died may be why: it goes to no other."""
 
 
 class Sampler:
-    """N engines behind one `sample`. Measures how long each engine had nothing to do."""
+    """A pool of engines behind one `sample`. Measures how long each engine had nothing to do."""
 
-    def __init__(self, engines: Sequence[Engine], *, max_sequences: int, timeout_s: float) -> None:
+    def __init__(self, pool: EnginePool, *, max_sequences: int, timeout_s: float) -> None:
         """At most `max_sequences` completions in flight an engine; `timeout_s` for a group."""
-        self._engines = engines
+        self._pool = pool
         self._max_sequences = max_sequences
         self._timeout_s = timeout_s
-        self._load = [0] * len(engines)  # completions in flight
-        self._idle_since: list[float | None] = [time.monotonic()] * len(engines)
+        self._load: dict[int, int] = {}  # completions in flight, by engine
+        self._idle_since = dict.fromkeys(pool.up, time.monotonic())
         self._idle_s = 0.0
-        self._freed = asyncio.Condition()
+        self._queue = asyncio.Lock()  # only the first in it looks for a free engine
 
     async def sample(self, request: RolloutRequest) -> Group:
-        """One group. Raises `UserError` for a prompt too long, `EngineError` for all else."""
+        """One group. Raises `UserError` for a prompt too long; `EngineError` for a failure that
+        is not an engine's death, for a group engines die with, and where no engine is left."""
         size = request.sampling.num_completions
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._fits(size))
-            index = self._load.index(min(self._load))
-            self._begin(index, size)
+        deaths: list[EngineError] = []
+        while len(deaths) < MAX_DEATHS:
+            async with self._queue:
+                await self._pool.until(lambda: self._free(size) is not None)
+                index = self._free(size)
+                assert index is not None
+                engine = self._pool.serving[index]
+                self._begin(index, size)
+            try:
+                group = await self._ask(engine, index, request)
+            except EngineError as error:
+                if not error.died:
+                    raise
+                self._pool.fail(index, engine, error)
+                deaths.append(error)
+            else:
+                self._pool.answered(index, engine)
+                return group
+            finally:
+                self._end(index, size)
+        raise EngineError(
+            f"{deaths[0]}\n{MAX_DEATHS} engines died with prompt {request.prompt.id} (draw "
+            f"{request.draw}): it is asked of no other"
+        ) from deaths[0]
+
+    def take_idle_seconds(self) -> float:
+        """Mean seconds an engine had nothing to do since the last call."""
+        now = time.monotonic()
+        for index, since in self._idle_since.items():
+            self._idle_s += now - since
+            self._idle_since[index] = now
+        engines = len(self._idle_since.keys() | self._load.keys())
+        idle, self._idle_s = self._idle_s / max(1, engines), 0.0
+        return idle
+
+    async def _ask(self, engine: Engine, index: int, request: RolloutRequest) -> Group:
         try:
             async with asyncio.timeout(self._timeout_s):
-                group = await self._engines[index].generate(request)
+                group = await engine.generate(request)
         except TimeoutError:
-            raise EngineError(
-                f"engine {index}: no answer to prompt {request.prompt.id} within "
-                f"{self._timeout_s:g} s (rollout.timeout_s)"
+            raise as_death(
+                EngineError(
+                    f"engine {index}: no answer to prompt {request.prompt.id} within "
+                    f"{self._timeout_s:g} s (rollout.timeout_s)"
+                )
             ) from None
-        finally:
-            self._end(index, size)
-            async with self._freed:
-                self._freed.notify_all()
         if group.request != request:
             raise EngineError(
                 f"engine {index}: answered prompt {group.request.prompt.id} (draw "
@@ -55,28 +92,20 @@ class Sampler:
             )
         return group
 
-    def take_idle_seconds(self) -> float:
-        """Mean seconds an engine had nothing to do since the last call."""
-        now = time.monotonic()
-        for index, since in enumerate(self._idle_since):
-            if since is not None:
-                self._idle_s += now - since
-                self._idle_since[index] = now
-        idle, self._idle_s = self._idle_s / len(self._engines), 0.0
-        return idle
-
-    def _fits(self, size: int) -> bool:
-        least = min(self._load)
-        return least == 0 or least + size <= self._max_sequences
+    def _free(self, size: int) -> int | None:
+        """The serving engine with the least work, where it can take `size` completions more."""
+        load, index = min(
+            ((self._load.get(i, 0), i) for i in self._pool.serving), default=(0, None)
+        )
+        return index if load == 0 or load + size <= self._max_sequences else None
 
     def _begin(self, index: int, size: int) -> None:
-        since = self._idle_since[index]
-        if since is not None:
-            self._idle_s += time.monotonic() - since
-            self._idle_since[index] = None
-        self._load[index] += size
+        now = time.monotonic()
+        self._idle_s += now - self._idle_since.pop(index, now)
+        self._load[index] = self._load.get(index, 0) + size
 
     def _end(self, index: int, size: int) -> None:
         self._load[index] -= size
         if self._load[index] == 0:
             self._idle_since[index] = time.monotonic()
+        self._pool.changed()

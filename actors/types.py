@@ -71,6 +71,7 @@ class RolloutRequest:
     text: str  # the user turn: question, options and instructions of the mode
     sampling: Sampling
     seed: int  # completion i draws from stream seed + i
+    blind: bool = False  # each image as plain grey of its size: to evaluate, never to be trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +129,7 @@ class Score:
     total: float  # weighted sum of the components
     outcome: Outcome
     reason: str = ""  # why, where that is not plain: "two answer tags", a traceback's last line
+    answer: str = ""  # as `accuracy` read it: the option's letter, else the text; "": none was read
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.total) or not all(map(math.isfinite, self.components.values())):
@@ -153,6 +155,14 @@ class ScoredGroup:
                 f"{len(self.scores)} scores for {len(self.group.completions)} completions"
             )
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all scores are equal, failed ones aside: then there is nothing to compare.
+
+        As `learner.grpo.zero_variance` finds it.
+        """
+        return len({score.total for score in self.scores if not score.failed}) <= 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateMetrics:
@@ -175,6 +185,28 @@ class UpdateMetrics:
     advantages: tuple[tuple[float, ...], ...]  # [P][G], 0 for a failed completion
     seconds: float
     importance_mean: float = 1.0  # of the truncated sampler-to-learner weights
+    gap_tokens: int = 0  # tokens of the learner's own version, which the gap is over; 0: over all
+    logprob_gap_stale: float = 0.0  # mean over the tokens of older versions: what training changed
+    group_gaps: tuple[float, ...] = ()  # [P] largest gap of a group's tokens of the own version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and the answer to imitate: what supervised fine-tuning trains on."""
+
+    request: RolloutRequest  # its sampling is not used
+    target: str  # the completion, without the end token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImitationMetrics:
+    """What one supervised step measured. Prompts are not trained."""
+
+    loss: float  # mean -log p of a target token, the end token included, nats
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # of the targets
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,15 @@
 """The real engine: vLLM's AsyncLLM behind the `Engine` protocol. The only file that starts vLLM.
 
-Two invariants live here:
+Three invariants live here:
 - *Engines cannot emit image, video or vision tokens, and every sampling field is set*: a model
   folder's own defaults (top_k=1, say) never apply. The ban is a logit of -inf, so the log-probs
   returned are of the distribution without those tokens, after temperature, top_p and top_k.
 - *An engine serves only after `resume`*: it starts paused, and between `pause` and `resume` nothing
   but `canary` runs.
+- *`deterministic`: a group follows from the weights and the request alone*, to the last bit. What
+  shares a step or a cache with a completion changes the shapes of its sums, hence their rounding,
+  and that now and then the token: so a group is alone in the engine, starts from empty caches, and
+  its first step has all its completions.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from medrl.actors.chat import forbidden_token_ids, render_chat
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
 from medrl.actors.vllm_calls import read_completion, sampling_params
 from medrl.actors.vllm_start import engine_options, output_to, start
-from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncError
+from medrl.configs.errors import EngineError, MedrlError, UserError, WeightSyncError, as_death
 from medrl.configs.schema import ModelConfig, RolloutConfig
 from medrl.data.images import ImageStore, LoadedImage
 
@@ -49,6 +53,7 @@ class VllmEngine:
         max_images: int = 1,  # most images in one prompt
         workers: int = 1,  # tensor-parallel size; CPU: 1
         colocated: bool = False,  # shares its GPU with a learner: sleeps while paused
+        deterministic: bool = False,  # a group follows from weights and request alone
         log_path: Path | None = None,  # vLLM's output; None: in `scratch`
         scratch: Path | None = None,  # folder for sockets and digests; None: a temporary one
     ) -> None:
@@ -68,9 +73,10 @@ class VllmEngine:
         self._idle = asyncio.Event()  # set: no request runs
         self._idle.set()
         self._running = 0
+        self._alone = asyncio.Lock() if deterministic else None
         self._requests = 0
         self._version = -1
-        options = engine_options(model, rollout, device, seed, max_images, workers)
+        options = engine_options(model, rollout, device, seed, max_images, workers, deterministic)
         options |= {
             "weight_transfer_config": {"backend": f"medrl_{transport}"},
             "enable_sleep_mode": self._sleeps,
@@ -98,6 +104,12 @@ class VllmEngine:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    async def ping(self) -> None:
+        """Asks vLLM's own process, not only ours: it answers between two steps of the model."""
+        if self._llm.errored:
+            raise self._death()
+        await self._while_alive(self._llm.is_sleeping())
 
     async def pause(self) -> None:
         # Submitting ends first: a request that enters between the clearing of the front end's
@@ -183,25 +195,30 @@ class VllmEngine:
         try:
             while not (await asyncio.wait({answer}, timeout=_ALIVE_POLL_S))[0]:
                 if self._llm.errored:
-                    tail = self._log_tail()
-                    raise EngineError(f"engine {self._index}: vLLM's process died{tail}")
+                    raise self._death()
             return answer.result()
+        except Exception as error:
+            if isinstance(error, MedrlError) or not self._llm.errored:
+                raise
+            raise self._death(f": {error}") from error
         finally:
             answer.cancel()
 
     async def _transfer_call(self, phase: str, method: str, **arguments: Any) -> None:
         try:
             await self._while_alive(self._llm.collective_rpc(method, kwargs=arguments))
+        except EngineError:
+            raise  # its process died
         except Exception as error:
-            raise WeightSyncError(
-                f"sync: engine {self._index} failed while {phase}: {error}"
-            ) from error
+            text = f"sync: engine {self._index} failed while {phase}: {error}"
+            raise WeightSyncError(text) from error
 
     async def _sample(self, request: RolloutRequest) -> Group:
         started = time.perf_counter()
         paths = request.prompt.images
+        load = self._images.blank if request.blind else self._images.load
         try:
-            images = [await asyncio.to_thread(self._images.load, path) for path in paths]
+            images = [await asyncio.to_thread(load, path) for path in paths]
             text = render_chat(self._tokenizer, request.text, len(images))
             length = self._prompt_length(request, text, images)
             output = await self._run(request, text, images)
@@ -209,11 +226,10 @@ class VllmEngine:
         except MedrlError:
             raise
         except Exception as error:
-            tail = self._log_tail() if self._llm is None or self._llm.errored else ""
-            raise EngineError(
-                f"engine {self._index}: prompt {request.prompt.id}: "
-                f"{type(error).__name__}: {error}{tail}"
-            ) from error
+            told = f"prompt {request.prompt.id}: {type(error).__name__}: {error}"
+            if self._llm is None or self._llm.errored:
+                raise self._death(f", with {told}") from error
+            raise EngineError(f"engine {self._index}: {told}") from error
         if len(output.prompt_token_ids) != length:
             raise EngineError(
                 f"engine {self._index}: prompt {request.prompt.id} has "
@@ -256,10 +272,28 @@ class VllmEngine:
             prompt["multi_modal_data"] = {"image": [image.image for image in images]}
             prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
         self._requests += 1
-        outputs = self._llm.generate(
-            prompt, sampling_params(request, self._ban), request_id=str(self._requests)
-        )
+        number, params = str(self._requests), sampling_params(request, self._ban)
+        if self._alone:
+            async with self._alone:
+                return await self._run_alone(prompt, params, number)
+        outputs = self._llm.generate(prompt, params, request_id=number)
         return [output async for output in outputs][-1]  # one, for only the final is asked for
+
+    async def _run_alone(self, prompt: Mapping[str, Any], params: Any, number: str) -> Any:
+        """vLLM steps as soon as it has the first completion of a group: it is held until it has all
+        of them."""
+        await self._stop_and_clear()
+        asked = await self._llm.add_request(number, prompt, params)
+        try:
+            await self._while_alive(self._llm.resume_generation())
+            return await asked.get()  # the only one, for only the final is asked for
+        except asyncio.CancelledError:
+            await self._llm.abort(asked.request_id, internal=True)
+            raise
+
+    def _death(self, told: str = "") -> EngineError:
+        text = f"engine {self._index}: vLLM's process died{told}{self._log_tail()}"
+        return as_death(EngineError(text))
 
     def _log_tail(self) -> str:
         tail = self._log.read_bytes()[self._log_start :][-_LOG_TAIL_CHARS:].decode(errors="replace")

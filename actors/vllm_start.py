@@ -26,6 +26,7 @@ def engine_options(
     seed: int,
     max_images: int,
     workers: int,
+    deterministic: bool = False,
 ) -> dict[str, Any]:
     """vLLM's AsyncEngineArgs; each is set here or is a vLLM default that cannot change results."""
     dtype = model.dtype
@@ -44,10 +45,15 @@ def engine_options(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if deterministic:
+        # Else who is in a step depends on whether the one before it has ended already.
+        options["async_scheduling"] = False
     if device == "cpu":
         return options | {
             "enforce_eager": True,
             "skip_mm_profiling": True,
+            # A part of a prompt draws a token that is then undone, which a CPU's generator cannot.
+            "enable_chunked_prefill": False,
             "block_size": _CPU_BLOCK_TOKENS,
             "kv_cache_memory_bytes": _cache_bytes(model, rollout, options["max_num_seqs"]),
         }

@@ -7,6 +7,7 @@ at a multiple of `ALIGNMENT` bytes. Both ends cut the buckets from the same list
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -72,6 +73,16 @@ def digest(tensor: torch.Tensor) -> str:
     return f"{int(plain) & (2**64 - 1):016x}{int(weighted) & (2**64 - 1):016x}"
 
 
+def open_store(
+    address: str, port: int, world_size: int | None = None, *, is_master: bool, **options: Any
+) -> TCPStore:
+    """torch's key-value store, whose server listens on loopback alone where `address` is that: by
+    itself torch has it listen on every address of the machine."""
+    if is_master and address.startswith("127."):
+        options["master_listen_fd"] = socket.create_server((address, port)).detach()
+    return TCPStore(address, port, world_size, is_master=is_master, **options)
+
+
 def open_gloo(
     address: str, port: int, rank: int, world_size: int, timeout_s: float
 ) -> ProcessGroupGloo:
@@ -80,13 +91,17 @@ def open_gloo(
     Every collective of the group fails after `timeout_s`; so does joining.
     """
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    store = open_store(address, port, world_size, is_master=rank == 0, timeout=timeout)
     return ProcessGroupGloo(PrefixStore("medrl_sync", store), rank, world_size, timeout)
 
 
 def broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> None:
     """Fill `buffer` on every rank with rank 0's. Raises `RuntimeError` past the group's timeout."""
-    group.broadcast(buffer, 0).wait()  # type: ignore[attr-defined]
+    work = group.broadcast(buffer, 0)  # type: ignore[attr-defined]
+    try:
+        work.wait()
+    finally:
+        del group, work  # else an error's traceback would keep the connections open
 
 
 def encode_ipc_handle(arguments: Sequence[Any]) -> list[Any]:

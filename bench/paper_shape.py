@@ -39,7 +39,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 def here(model: Path, data: Path, folder: Path, steps: int) -> dict[str, float]:
     """Mean seconds of a step and its parts, by `medrl train`."""
-    from medrl.cluster.journal import read_lines
+    from medrl.reports.lines import read_lines
 
     config = folder / "run.toml"
     name = f"run-{int(time.time())}"

@@ -2,40 +2,57 @@
 
     RUN/checkpoints/step_N/learner/...   what the learner saves (weights in learner/model)
     RUN/checkpoints/step_N/driver.json   step, data position, buffer, what the model was
+    RUN/checkpoints/step_N/manifest.json size and digest of every other file, written last
 
-Written into a hidden folder beside, then renamed: a folder named step_N is complete.
+Written into a hidden folder beside, then renamed: a folder named step_N was complete. Whether it
+still is its manifest tells: one that is not is set aside, as step_N.damaged, for the one before.
 """
 
 from __future__ import annotations
 
-import os
+import asyncio
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from medrl.actors.buffer import BufferState, GroupBuffer
+from medrl.actors.buffer import BufferState
+from medrl.cluster.manifest import damage, flush, seal
 from medrl.configs.errors import CheckpointError, UserError
 from medrl.configs.schema import Config
 from medrl.learner.learner import Learner
 
 FIXED_KEYS = (
+    "run.method",
     "run.seed",
     "model.path",
     "data.train",
     "data.mode",
+    "data.instruction",
+    "data.order",
+    "data.pass_rates",
+    "data.min_pass_rate",
+    "data.max_pass_rate",
     "rollout.prompts",
     "rollout.completions",
     "rollout.staleness",
+    "rollout.max_replaced",
     "reward.policy",
     "model.dtype",
     "model.freeze_vision",
+    "model.lora_rank",
+    "model.lora_alpha",
+    "model.lora_vision",
     "learner.zero_stage",
     "placement.learners",
 )
 """What a resumed run may not change: schedule, random streams, buffer and the learner's own files
 follow from them."""
+
+Fixed = dict[str, str | bool | int | float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +60,14 @@ class DriverState:
     """What the driver needs to go on."""
 
     step: int
-    fixed: dict[str, str | int]  # FIXED_KEYS, and the number of training prompts
+    fixed: Fixed  # FIXED_KEYS, and the number of training prompts
     buffer: BufferState
+
+
+class Resumable(Protocol):
+    """A buffer, or a trainer that has one."""
+
+    def restore(self, state: BufferState) -> None: ...
 
 
 _driver_state = TypeAdapter(DriverState)
@@ -59,19 +82,29 @@ class Checkpoints:
         self.last_saved: int | None = None  # step
 
     async def save(self, state: DriverState, learner: Learner) -> Path:
-        """Write a checkpoint of `state.step` and delete all but the newest `keep`."""
+        """Write a checkpoint of `state.step` and delete all but the newest `keep` whole ones.
+
+        Raises `CheckpointError` where the disk does not take it; those before stay as they are."""
         final = self._folder / f"step_{state.step}"
         aside = self._folder / f".step_{state.step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / "learner").mkdir(parents=True)
-        await learner.save(aside / "learner")
-        (aside / "driver.json").write_bytes(_driver_state.dump_json(state))
-        _flush(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        try:
+            await asyncio.to_thread(self._sweep)
+            (aside / "learner").mkdir(parents=True)
+            await learner.save(aside / "learner")
+            (aside / "driver.json").write_bytes(_driver_state.dump_json(state))
+            await asyncio.to_thread(seal, aside)
+            if final.exists():  # of a run whose time was turned back: not ours to delete
+                _set_aside(final, "replaced")
+            aside.rename(final)
+            flush(self._folder)
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} could not be written: {error}; make room "
+                f"where {self._folder} is; the checkpoints before it are untouched"
+            ) from error
         self.last_saved = state.step
-        for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self._folder / f"step_{old}")
+        await asyncio.to_thread(self._prune)
         return final
 
     def steps(self) -> list[int]:
@@ -80,8 +113,46 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def latest(self) -> Path | None:
+        """The newest, whole or not."""
         steps = self.steps()
         return self._folder / f"step_{steps[-1]}" if steps else None
+
+    def newest_whole(self) -> tuple[Path | None, Sequence[str]]:
+        """The checkpoint to go on from (None: there are none at all), and a sentence for each newer
+        one that is damaged and was therefore set aside.
+
+        Reads all bytes of it, and blocks. Raises `UserError` where there are some and none is
+        whole; nothing is renamed then."""
+        damaged: list[tuple[Path, str]] = []
+        for step in reversed(self.steps()):
+            folder = self._folder / f"step_{step}"
+            if not (problem := damage(folder)):
+                return folder, [
+                    f"checkpoint {path} is damaged: {why}; it is now {_set_aside(path, 'damaged')}"
+                    for path, why in damaged
+                ]
+            damaged.append((folder, problem))
+        if damaged:
+            raise UserError(
+                *(f"checkpoint {path} is damaged: {why}" for path, why in damaged),
+                f"no checkpoint in {self._folder} is whole, so the run cannot go on: put one back "
+                "from a copy, or start anew under another run.name",
+            )
+        return None, ()
+
+    def _sweep(self) -> None:
+        """Delete what an attempt that was cut off left, and what `_prune` did not get to."""
+        for path in self._folder.glob(".step_*"):
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        """Delete old checkpoints. Never a damaged one: somebody may want to look at it."""
+        folders = (self._folder / f"step_{step}" for step in self.steps())
+        whole = [folder for folder in folders if not damage(folder, digests=False)]
+        for folder in whole[: -self._keep]:
+            gone = folder.with_name(f".{folder.name}")
+            folder.rename(gone)  # at no moment half a checkpoint by a checkpoint's name
+            shutil.rmtree(gone)
 
 
 def read_driver_state(checkpoint: Path) -> DriverState:
@@ -92,14 +163,14 @@ def read_driver_state(checkpoint: Path) -> DriverState:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from None
 
 
-def fixed_settings(config: Config, num_train_prompts: int) -> dict[str, str | int]:
+def fixed_settings(config: Config, num_train_prompts: int) -> Fixed:
     """What of a run must be as it was for its checkpoints to go on."""
     tree = config.model_dump(mode="json")
     values = {key: tree[key.partition(".")[0]][key.partition(".")[2]] for key in FIXED_KEYS}
     return values | {"training prompts": num_train_prompts}
 
 
-def refuse_other_run(state: DriverState, now: dict[str, str | int], checkpoint: Path) -> None:
+def refuse_other_run(state: DriverState, now: Fixed, checkpoint: Path) -> None:
     """Raises `UserError` naming each setting that differs from the checkpoint's."""
     different = [
         f"{key}: {checkpoint} was made with {then!r}, now {now.get(key)!r}; a resumed run cannot "
@@ -137,17 +208,14 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-async def resume_from(checkpoint: Path, buffer: GroupBuffer, learner: Learner) -> None:
+async def resume_from(checkpoint: Path, buffer: Resumable, learner: Learner) -> None:
     """Bring buffer and learner to where the checkpoint was made."""
     buffer.restore(read_driver_state(checkpoint).buffer)
     await learner.load(checkpoint / "learner")
 
 
-def _flush(folder: Path) -> None:
-    """Have the disk hold every file before the folder gets its name."""
-    for path in folder.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint so that it is none, to a name that is free."""
+    names = (f"{folder.name}.{why}{number or ''}" for number in range(1000))
+    free = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    return folder.rename(free)

@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from medrl.cluster import data_commands
+from medrl.cluster import data_commands, report_command
+from medrl.cluster.console import make_console
 from medrl.cluster.interrupt import Interrupted
 from medrl.configs.errors import MedrlError, UserError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make, check, split and import data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_commands.register(data_app)
+report_command.register(app)
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MOST_PROBLEMS = 200  # lines; a data set wrong in every row would flood the terminal
@@ -50,9 +52,11 @@ Overrides = Annotated[
     ),
 ]
 
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+
 SCORED_LINE = (
     'JSON lines: {"id", "completion", "answer", "options"?: ["CT", ...], "mode"?}; other keys are '
-    "kept."
+    "kept. Or a run's folder."
 )
 
 
@@ -92,30 +96,78 @@ def _complain(*problems: str, status: int) -> int:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
-    ] = False,
+    resume: Resume = False,
 ) -> int:
     """Train a model with GRPO; everything of the run goes to its run directory.
 
     That is run.dir/run.name, e.g. runs/demo; the config.toml in it has every key with its value.
     """
+    return _train(config, overrides or [], resume)
+
+
+@app.command()
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> int:
+    """Supervised fine-tuning on the same data: the baseline GRPO is measured against.
+
+    The answer in the mode's form is imitated, the prompt is masked. Section sft says how long and
+    how fast; all else is as for `medrl train`.
+    """
+    return _train(config, [*(overrides or []), "run.method=sft"], resume)
+
+
+@app.command()
+def experiment(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="TOML file, e.g. configs/experiments/modes.toml."),
+    ],
+    overrides: Overrides = None,
+) -> int:
+    """Train each source with each method, evaluate all on everything held out, report.
+
+    All goes to run.dir/experiment.name. Called again it goes on where it stopped; with more seeds,
+    sources or methods it does those.
+    """
+    from medrl.configs.experiment import load_experiment
+
+    console = make_console()
+    loaded = load_experiment(config, overrides or [])
+    with _quiet_libraries():
+        from medrl.cluster.experiment import plan, run_experiment
+
+        console.print("checking model, data and rewards of all runs", highlight=False)
+        planned = plan(loaded)
+        runs = len(planned.trainings)
+        console.print(f"{runs} runs, {runs - len(planned.todo)} of them done", highlight=False)
+        finished = asyncio.run(run_experiment(planned, console))
+    console.print(f"experiment {loaded.folder}", highlight=False, soft_wrap=True)
+    return OK if finished else INTERRUPTED
+
+
+def _train(config: Path, overrides: Sequence[str], resume: bool) -> int:
     from medrl.cluster.report import show_result
     from medrl.configs.loader import load_config
 
-    console = _console()
-    tree = load_config(config, overrides or [])
+    console = make_console()
+    tree = load_config(config, overrides)
     with _quiet_libraries():
         from medrl.cluster.display import Display
-        from medrl.cluster.run import prepare, run_training
+        from medrl.cluster.prepare import prepare
+        from medrl.cluster.run import run_training
 
         with Display(name=tree.run.name, steps=tree.run.steps, console=console) as display:
             display.say("checking model, data and rewards")
             prepared = prepare(tree, resume=resume)
+            steps = prepared.config.run.steps
+            display.expect(steps)
             for note in prepared.checked.notes:
                 display.note(note)
             if prepared.checkpoint:
-                display.note(_where_it_stands(prepared.checkpoint, tree.run.steps))
+                display.note(_where_it_stands(prepared.checkpoint, steps))
             finished = asyncio.run(run_training(prepared, display))
         show_result(tree.run_dir, console, finished=finished)
     return OK if finished else INTERRUPTED
@@ -144,55 +196,61 @@ def evaluate(
         Path, typer.Option(help="RUN/checkpoints/step_N, RUN/export or any model folder.")
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the numbers there, as JSON; else to RUN/evals/NAME.json."),
+    ] = None,
 ) -> int:
     """Held-out accuracy of a checkpoint, greedy, through the engines of a run.
 
-    CONFIG says which held-out prompts (data.test, eval.max_prompts), which mode and what placement.
+    CONFIG says which held-out prompts (data.test, eval.max_prompts), which mode and what placement,
+    and whether they are also asked with their images blanked (eval.blind). NAME.predictions.jsonl
+    and NAME.blind.jsonl beside the numbers recount with `medrl score`.
     """
-    from medrl.cluster.report import show_evaluation, write_json
+    from medrl.cluster.report import show_evaluation
     from medrl.configs.loader import load_config
 
-    console = _console()
+    console = make_console()
     tree = load_config(config, overrides or [])
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: {out} needs to be a file in a folder that exists")
     # Half a minute before the first number; a terminal shows that something happens.
     with _quiet_libraries(), console.status(f"evaluating {checkpoint}"):
-        from medrl.cluster.run import run_evaluation
+        from medrl.cluster.evaluation import run_evaluation
 
-        evaluation = run_evaluation(tree, checkpoint)
-    if out:
-        write_json(out, evaluation)
+        evaluation, written = run_evaluation(tree, checkpoint, out)
     show_evaluation(evaluation, console)
+    console.print(f"written to {written}", highlight=False, soft_wrap=True)
     return OK
 
 
 @app.command()
 def score(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help=SCORED_LINE)],
+    source: Annotated[Path, typer.Argument(metavar="IN", help=SCORED_LINE)],
     out: Annotated[Path, typer.Option(help="Where the scored lines go, in the same order.")],
     mode: Annotated[
-        str, typer.Option(help="think-before, no-think or think-after; a line's own wins.")
-    ] = "no-think",
+        str | None, typer.Option(help="think-before, no-think or think-after; a line's own wins.")
+    ] = None,
     policy: Annotated[
-        str, typer.Option(help="What accuracy and format mean: strict, lenient, graded or medr1.")
-    ] = "strict",
+        str | None,
+        typer.Option(help="What accuracy and format mean: strict, lenient, graded or medr1."),
+    ] = None,
     rewards: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated: format, accuracy, token_f1, my_lab.rewards:lesion_iou."
-        ),
-    ] = "format,accuracy",
+        str | None,
+        typer.Option(help="Comma-separated; left out: format,accuracy. Or my_lab.rewards:iou."),
+    ] = None,
 ) -> int:
-    """Score completions offline: the same lines with "scores", "outcome" and "reason"."""
-    from medrl.cluster.report import show_scores
-    from medrl.rewards.offline import score_file
+    """Score completions offline: the same lines with "scores", "outcome" and "reason".
 
-    names = [name.strip() for name in rewards.split(",") if name.strip()]
-    summary = score_file(source, out, mode=mode, policy=policy, rewards=names)
-    show_scores(summary, _console())
-    return OK
+    Left out, the mode is no-think and the policy strict. A run's folder is scored as its
+    config.toml says, and compared with what was recorded: exit status 1 where that differs.
+    """
+    from medrl.cluster.audit import score_any
+    from medrl.cluster.report import show_scores
+
+    summary = score_any(source, out, mode=mode, policy=policy, rewards=rewards)
+    show_scores(summary, make_console())
+    return FAILED if summary.get("differing") else OK
 
 
 @data_app.command()
@@ -222,17 +280,12 @@ def phantom(
         raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _console().print(
+    make_console().print(
         f"{out}/train: {made.train_questions} questions, {out}/test: {made.test_questions}, "
         "without a common image",
         highlight=False,
     )
     return OK
-
-
-def _console() -> Console:
-    # A pipe has no width of its own, and 80 columns would break the tables.
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _quiet_libraries() -> Any:

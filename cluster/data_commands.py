@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medrl.cluster.console import make_console
 from medrl.configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def lint(
     root: Root = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all problems.")] = False,
     mode: Annotated[str, typer.Option(help="Mode of the example prompt.")] = "no-think",
+    instruction: Annotated[
+        str, typer.Option(help="Its last line instead of the mode's, as data.instruction.")
+    ] = "",
     against: Annotated[
         Path | None, typer.Option(help="Another data set, to look for what both share.")
     ] = None,
@@ -53,9 +56,9 @@ def lint(
     """
     from medrl.data.lint import lint as make_report
     from medrl.data.survey import survey
-    from medrl.rewards.modes import get_mode
+    from medrl.rewards.modes import get_mode, odd_words
 
-    asked = get_mode(mode)
+    asked = get_mode(mode, instruction)
     splits = survey(path, root)
     report = make_report(splits, survey(against, root) if against else ())
     if as_json:
@@ -63,7 +66,9 @@ def lint(
     else:
         example = next((prompt for split in splits for prompt in split.prompts), None)
         shown = (example, asked.render(example)) if example else None
-        _show(report, f"{path}", shown, mode, _console())
+        _show(report, f"{path}", shown, mode, make_console())
+        for sentence in odd_words(asked):
+            print(f"note: {sentence}")
     return 1 if report.problems else 0
 
 
@@ -84,7 +89,7 @@ def split(
     if out.exists():
         raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
     made = divide(path, out, fraction=test, seed=seed, root=root, skip_bad=skip_bad)
-    console = _console()
+    console = make_console()
     for sentence in made.notes:
         console.print(f"note: {sentence}", highlight=False, soft_wrap=True, markup=False)
     _say_left_out(made.left_out, console)
@@ -128,7 +133,7 @@ def import_(
         write_prompts(out, read.prompts)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
-    console, importer = _console(), IMPORTERS[name]
+    console, importer = make_console(), IMPORTERS[name]
     _say_left_out(read.problems, console)
     if read.left_out:
         console.print(f"{read.left_out} left out: {importer.left_out}", highlight=False)
@@ -144,11 +149,44 @@ def import_(
     return 0
 
 
+def pass_rates(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="As for `medrl train`.")],
+    out: Annotated[Path, typer.Option(help="JSON lines; an unfinished file is gone on with.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Win over the file.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/step_N or a model folder; else model.path.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions a prompt.")] = 16,
+) -> int:
+    """Measure how often a model solves each training prompt, through the engines of a run.
+
+    At the run's temperature, scored strictly. For data.pass_rates, with data.min_pass_rate,
+    data.max_pass_rate and data.order = "easy_first".
+    """
+    from medrl.cluster.quiet import quiet_libraries
+    from medrl.configs.loader import load_config
+
+    console = make_console()
+    tree = load_config(config, overrides or [])
+    with quiet_libraries(), console.status(f"measuring pass rates, to {out}"):
+        from medrl.cluster.pass_rates import histogram, measure_pass_rates
+
+        def say(sentence: str) -> None:
+            console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+        measured = measure_pass_rates(tree, out, checkpoint=checkpoint, samples=samples, say=say)
+    console.print(histogram(list(measured.by_id.values())))
+    return 0
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `medrl data`."""
     app.command()(lint)
     app.command()(split)
     app.command("import")(import_)
+    app.command("pass-rates")(pass_rates)
 
 
 def _show(
@@ -215,8 +253,3 @@ def _say_left_out(sentences: Sequence[str], console: Console) -> None:
         console.print(f"left out: {sentence}", highlight=False, soft_wrap=True, markup=False)
     if sentences:
         console.print(f"{len(sentences)} problems, their rows left out", highlight=False)
-
-
-def _console() -> Console:
-    # A pipe has no width of its own, and 80 columns would break the tables.
-    return Console() if sys.stdout.isatty() else Console(width=120)

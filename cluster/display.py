@@ -22,11 +22,13 @@ Record = Mapping[str, Any]
 class Display:
     """Shows steps and evaluations. Use as a context manager around the run."""
 
-    def __init__(self, *, name: str, steps: int, console: Console) -> None:
+    def __init__(
+        self, *, name: str, steps: int, console: Console, plain_lines: int = PLAIN_LINES
+    ) -> None:
         self._name = name
-        self._steps = steps
         self._console = console
-        self._every = max(1, steps // PLAIN_LINES)
+        self._plain_lines = plain_lines
+        self.expect(steps)
         self._seconds_per_step = 0.0
         self._last: Record = {}
         self._eval: Record = {}
@@ -51,6 +53,11 @@ class Display:
     ) -> None:
         if self._live:
             self._live.stop()
+
+    def expect(self, steps: int) -> None:
+        """How many steps the run has: known only once its data is, where it goes by epochs."""
+        self._steps = steps
+        self._every = max(1, steps // self._plain_lines)
 
     def say(self, text: str) -> None:
         """A sentence about what happens now."""
@@ -84,16 +91,10 @@ class Display:
 
     def _numbers(self) -> Sequence[tuple[str, str]]:
         m = self._last
-        parts = [k.removeprefix("reward.") for k in m if k.startswith("reward.")]
         left = (self._steps - int(m["step"])) * self._seconds_per_step
         return [
             ("step", f"{m['step']}/{self._steps}"),
-            ("reward", f"{m['reward.mean']:.2f}"),
-            *((part, f"{m[f'reward.{part}']:.2f}") for part in parts if part != "mean"),
-            ("entropy", f"{m['entropy']:.2f}"),
-            ("gap", f"{m['logprob_gap.max']:.0e}"),
-            ("tokens/s", f"{m['tokens.per_second']:.0f}"),
-            ("staleness", f"{m['staleness.max']}"),
+            *(_of_rollouts(m) if "reward.mean" in m else [("loss", f"{m['loss']:.3f}")]),
             ("s/step", f"{self._seconds_per_step:.1f}"),
             ("left", f"{int(left // 60)}:{int(left % 60):02d}"),
         ]
@@ -112,6 +113,18 @@ class Display:
         bar = Table.grid()
         bar.add_row(ProgressBar(total=self._steps, completed=int(self._last["step"]), width=60))
         return Group(title, bar, table)
+
+
+def _of_rollouts(metrics: Record) -> Sequence[tuple[str, str]]:
+    parts = [k.removeprefix("reward.") for k in metrics if k.startswith("reward.")]
+    return [
+        ("reward", f"{metrics['reward.mean']:.2f}"),
+        *((part, f"{metrics[f'reward.{part}']:.2f}") for part in parts if part != "mean"),
+        ("entropy", f"{metrics['entropy']:.2f}"),
+        ("gap", f"{metrics['logprob_gap.max']:.0e}"),
+        ("tokens/s", f"{metrics['tokens.per_second']:.0f}"),
+        ("staleness", f"{metrics['staleness.max']}"),
+    ]
 
 
 def comparison(before: Record, after: Record) -> Table:

@@ -2,7 +2,9 @@
 
     config.toml        as resolved          metrics.jsonl   a line a step
     evals.jsonl        a line an evaluation syncs.jsonl     a receipt a sync
-    completions/step_N.parquet              every completion with scores, advantage, version
+    alarms.jsonl       what began or ended  faults.jsonl    who left and came back, and why
+    completions/step_N.parquet              every completion with scores, parsed answer, advantage
+                                            (none: its group was replaced, not trained), version
 
 Lines are flushed as they are written. Resuming from a checkpoint of step N takes back what was
 written after it (`rewind`), so that steps stay contiguous.
@@ -21,8 +23,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medrl.actors.types import Receipt, ScoredGroup, UpdateMetrics
+from medrl.actors.pool import Outage
+from medrl.actors.types import ImitationMetrics, Receipt, ScoredGroup, UpdateMetrics
+from medrl.cluster.alarms import Alarm, Alarms
 from medrl.cluster.metrics import step_metrics
+from medrl.reports.lines import read_lines
 
 Record = Mapping[str, Any]
 
@@ -38,9 +43,14 @@ class Listener(Protocol):
 class Journal:
     """Writes the run directory and tells the listeners."""
 
-    def __init__(self, run_dir: Path, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, listeners: Sequence[Listener] = (), alarms: Alarms | None = None
+    ) -> None:
+        """`alarms`: None raises none."""
         self.run_dir = run_dir
         self._listeners = listeners
+        self._alarms = alarms
+        self._receipt: Receipt | None = None  # of the last sync
         self._completions = run_dir / "completions"
         self._completions.mkdir(parents=True, exist_ok=True)
         self._step_began = time.monotonic()
@@ -61,26 +71,56 @@ class Journal:
         update: UpdateMetrics,
         receipt: Receipt | None,
         idle_rollout: float,
+        replaced: Sequence[ScoredGroup] = (),
     ) -> None:
-        """Write a finished step: metrics, receipt and completions."""
+        """Write a finished step: metrics, receipt and completions, of `replaced` groups too."""
         now = time.monotonic()
         seconds = {
             "step": now - self._step_began,
             "idle_learner": self._idle_learner,
             "idle_rollout": idle_rollout,
         }
-        metrics = step_metrics(step, batch, update, receipt, seconds)
+        metrics = step_metrics(step, batch, update, receipt, seconds, replaced)
         metrics["memory.driver_bytes"] = psutil.Process().memory_info().rss
-        self._write_completions(step, batch, update)
+        self._write_completions(step, batch, update, replaced)
+        alarms: Sequence[Alarm] = ()
+        if self._alarms:
+            alarms = self._alarms.look_at_batch(metrics, batch, update, self._receipt)
+        self._receipt = None  # a push that failed proves nothing
         if receipt:
             self.record_sync(receipt)
-        self._append("metrics.jsonl", metrics)
-        for listener in self._listeners:
-            listener.on_step(metrics)
+        self._write_step(metrics, alarms)
+        self._step_began = now
+
+    def refuse_gap(self) -> None:
+        """Raise `GapError` where the run must not go on with the last steps' log-prob gap."""
+        if self._alarms:
+            self._alarms.gate.refuse()
+
+    def record_imitation(self, step: int, update: ImitationMetrics) -> None:
+        """Write a finished step of supervised fine-tuning."""
+        now = time.monotonic()
+        metrics = {
+            "step": step,
+            "version": step,
+            "loss": update.loss,
+            "gradient_norm": update.gradient_norm,
+            "learning_rate": update.learning_rate,
+            "tokens.completion": update.tokens,
+            "seconds.step": now - self._step_began,
+            "seconds.learn": update.seconds,
+            "memory.driver_bytes": psutil.Process().memory_info().rss,
+        }
+        self._write_step(metrics, self._alarms.look(metrics) if self._alarms else ())
         self._step_began = now
 
     def record_sync(self, receipt: Receipt) -> None:
+        self._receipt = receipt
         self._append("syncs.jsonl", asdict(receipt))
+
+    def record_outage(self, step: int, outage: Outage) -> None:
+        """Write that a part left or came back. What was, was: going back to a step keeps it."""
+        self._append("faults.jsonl", {"step": step, "time": time.time(), **asdict(outage)})
 
     def record_eval(self, evaluation: Record) -> None:
         """Write an evaluation; one of the same step and split replaces the earlier one."""
@@ -91,32 +131,58 @@ class Journal:
         for listener in self._listeners:
             listener.on_eval(evaluation)
 
+    def has_eval(self, step: int) -> bool:
+        """Whether an evaluation of `step` is written."""
+        return any(line["step"] == step for line in read_lines(self.run_dir / "evals.jsonl"))
+
     def rewind(self, step: int) -> None:
         """Take back what was written after `step`."""
-        for name in ("metrics.jsonl", "syncs.jsonl", "evals.jsonl"):
+        for name in ("metrics.jsonl", "syncs.jsonl", "evals.jsonl", "alarms.jsonl"):
             path = self.run_dir / name
             if (
                 path.exists()
             ):  # also where no line goes: the last may be cut off, and be appended to
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 _replace_lines(path, kept)
+        for file in self._completions.glob("step_*.tmp"):
+            file.unlink()
         for file in self._completions.glob("step_*.parquet"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+        if self._alarms:
+            written = (read_lines(self.run_dir / f"{name}.jsonl") for name in ("metrics", "alarms"))
+            self._alarms.resume(*written)
+
+    def _write_step(self, metrics: dict[str, Any], alarms: Sequence[Alarm]) -> None:
+        if self._alarms:
+            metrics["alarms"] = len(self._alarms.held)
+        self._append("metrics.jsonl", metrics)
+        for alarm in alarms:
+            self._append("alarms.jsonl", asdict(alarm))
+        for listener in self._listeners:
+            listener.on_step(metrics)
 
     def _append(self, name: str, record: Record) -> None:
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _write_completions(
-        self, step: int, batch: Sequence[ScoredGroup], update: UpdateMetrics
+        self,
+        step: int,
+        batch: Sequence[ScoredGroup],
+        update: UpdateMetrics,
+        replaced: Sequence[ScoredGroup],
     ) -> None:
+        trained = zip(batch, update.advantages, strict=True)
+        untrained = ((group, [None] * len(group.scores)) for group in replaced)
         rows = [
             {
                 "step": step,
                 "draw": group.group.request.draw,
                 "prompt_id": group.group.request.prompt.id,
                 "prompt": group.group.request.text,
+                "question": group.group.request.prompt.question,
+                "source": group.group.request.prompt.source,
                 "answer": group.group.request.prompt.answer,
                 "options": list(group.group.request.prompt.options),
                 "images": list(group.group.request.prompt.images),
@@ -130,18 +196,22 @@ class Journal:
                 "scores": [{"name": k, "value": v} for k, v in score.components.items()],
                 "reward": score.total,
                 "outcome": score.outcome,
+                "parsed": score.answer,
                 "reason": score.reason,
                 "advantage": advantage,
                 "version": completion.version,
                 "engine": group.group.engine,
             }
-            for group, advantages in zip(batch, update.advantages, strict=True)
+            for group, advantages in (*trained, *untrained)
             for completion, score, advantage in zip(
                 group.group.completions, group.scores, advantages, strict=True
             )
         ]
         table = pa.Table.from_pylist(rows, schema=COMPLETIONS)
-        pq.write_table(table, self._completions / f"step_{step:06d}.parquet")
+        path = self._completions / f"step_{step:06d}.parquet"
+        aside = path.with_suffix(".tmp")  # half a Parquet file is none: nobody could read the run
+        pq.write_table(table, aside)
+        aside.replace(path)
 
 
 COMPLETIONS = pa.schema(
@@ -150,6 +220,8 @@ COMPLETIONS = pa.schema(
         ("draw", pa.int64()),
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
+        ("question", pa.string()),
+        ("source", pa.string()),
         ("answer", pa.string()),
         ("options", pa.list_(pa.string())),
         ("images", pa.list_(pa.string())),
@@ -163,20 +235,13 @@ COMPLETIONS = pa.schema(
         ("scores", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),
         ("reward", pa.float64()),
         ("outcome", pa.string()),
+        ("parsed", pa.string()),
         ("reason", pa.string()),
         ("advantage", pa.float64()),
         ("version", pa.int64()),
         ("engine", pa.int64()),
     ]
 )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _replace_lines(path: Path, records: Sequence[Record]) -> None:

@@ -12,6 +12,7 @@ train     consumes batches, produces versions; waits in `take` for `put`, the en
 
 A push ends before the next update starts, and groups of the new version start after it. An error
 of `roll_out` reaches `train` in `take`, between two updates, so that a checkpoint can be made.
+While `train` waits there the learner is idle: engines that were started again get its weights.
 """
 
 import asyncio
@@ -48,19 +49,19 @@ async def train(parts: Parts) -> None:
     """Run until the buffer has no more batches: all steps done, or `buffer.stop()`."""
     rollouts = asyncio.create_task(roll_out(parts))
     try:
-        while batch := await parts.buffer.take():
+        while batch := await parts.sync.attend(parts.buffer.take(), parts.journal.record_sync):
             refuse_failures(batch, parts.max_failed_fraction)
             parts.journal.begin_learning()
             if parts.take_turns:
                 await parts.sync.pause()
             update = await parts.learner.update(batch)
-            receipt, step = None, parts.buffer.version + 1
+            receipt, step, replaced = None, parts.buffer.version + 1, parts.buffer.replaced
             try:
                 receipt = await parts.sync.push(version=step, step=step)
             finally:  # after a failed push too the update is made, and may be saved
                 await parts.buffer.advance(step)
                 idle = parts.sampler.take_idle_seconds()
-                parts.journal.record_step(step, batch, update, receipt, idle)
+                parts.journal.record_step(step, batch, update, receipt, idle, replaced)
             await parts.after_step(step)
     finally:
         rollouts.cancel()

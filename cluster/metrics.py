@@ -45,12 +45,14 @@ def step_metrics(
     update: UpdateMetrics,
     receipt: Receipt | None,
     seconds: Mapping[str, float],
+    replaced: Sequence[ScoredGroup] = (),
 ) -> dict[str, float | int]:
     """The object of one line of metrics.jsonl, less what the journal measures of the driver.
 
     `seconds`: "step", "idle_learner" and "idle_rollout". seconds.rollout and seconds.reward are
     those of the batch's slowest group; tokens.completion counts all G completions, tokens.prompt
-    and tokens.visual count a group's prompt once. No `receipt`: the push failed.
+    and tokens.visual count a group's prompt once. No `receipt`: the push failed. All are of the
+    batch but replaced_groups and tokens.replaced, the completion tokens of `replaced`.
     """
     completions = [c for group in batch for c in group.group.completions]
     outcomes = Counter(score.outcome for group in batch for score in group.scores)
@@ -68,15 +70,20 @@ def step_metrics(
         "learning_rate": update.learning_rate,
         "logprob_gap.mean": update.logprob_gap_mean,
         "logprob_gap.max": update.logprob_gap_max,
+        "logprob_gap.tokens": update.gap_tokens,
+        "logprob_gap.stale": update.logprob_gap_stale,
         "staleness.max": step - 1 - min(g.group.version for g in batch),
         "groups": len(batch),
+        "replaced_groups": len(replaced),
         "zero_variance_groups": update.zero_variance_groups,
+        "identical_groups": sum(_identical(group) for group in batch),
         "failed_completions": outcomes["error"] + outcomes["timeout"],
         "unparsed_completions": outcomes["unparsed"],
         "truncated_completions": sum(c.finish_reason == "length" for c in completions),
         "tokens.prompt": update.prompt_tokens,
         "tokens.completion": tokens,
         "tokens.visual": update.visual_tokens,
+        "tokens.replaced": sum(len(c.token_ids) for g in replaced for c in g.group.completions),
         "tokens.per_completion": tokens / len(completions),
         "tokens.per_second": tokens / seconds["step"],
         "row_sharing": update.sharing,
@@ -88,3 +95,8 @@ def step_metrics(
         "seconds.idle_learner": seconds["idle_learner"],
         "seconds.idle_rollout": seconds["idle_rollout"],
     } | ({"sync.canary_gap": receipt.canary_gap} if receipt else {})
+
+
+def _identical(group: ScoredGroup) -> bool:
+    """Whether all its completions are the same, token for token."""
+    return len({completion.token_ids for completion in group.group.completions}) == 1

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from medrl.cluster.loopback import ADDRESS, ENVIRONMENT, ray_on_loopback
+from medrl.cluster.quiet import silence_ray
 from medrl.configs.errors import PlacementError
 from medrl.configs.schema import PlacementConfig
 
@@ -61,7 +63,9 @@ class Placement:
 
     def _environment(self) -> dict[str, str]:
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.device == "cpu" else {}
-        return {**threads, "TOKENIZERS_PARALLELISM": "false", "RAY_DISABLE_USAGE_STATS": "1"}
+        local = ENVIRONMENT if ray.util.get_node_ip_address() == ADDRESS else {}
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "RAY_DISABLE_USAGE_STATS": "1"}
+        return threads | local | quiet
 
 
 @contextmanager
@@ -88,7 +92,9 @@ def _connect(address: str) -> None:
     if not address:
         common |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address or "local", **common)
+        with nullcontext() if address else ray_on_loopback():
+            ray.init(address=address or "local", **common)
+        silence_ray()
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"no Ray cluster at {address or 'this machine'}: {error}; check placement.address, or "

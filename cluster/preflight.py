@@ -18,12 +18,12 @@ from PIL import Image
 from medrl.actors.chat import render_chat
 from medrl.actors.types import Prompt
 from medrl.configs.errors import UserError
-from medrl.configs.schema import Config, RewardTerm
+from medrl.configs.schema import Config, LearnerConfig, RewardTerm
 from medrl.data.image_files import locate
 from medrl.data.images import fit, pixel_limits
 from medrl.data.load import LoadedPrompts, load_prompts, share_root
 from medrl.rewards.check import check_rewards
-from medrl.rewards.modes import get_mode
+from medrl.rewards.modes import get_mode, odd_words
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SHOWN = 5  # prompts of one kind of problem named in full
@@ -60,13 +60,14 @@ def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -
     with _collected(problems):
         _check_lengths(config, model, prompts, train.image_root)
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))  # rewards and lengths may miss one mode
+    mode = get_mode(config.data.mode, config.data.instruction)
     return Checked(
         train=train.prompts,
         test=test.prompts[: config.eval.max_prompts or None],
         image_root=train.image_root,
         max_images=max(1, *(len(prompt.images) for prompt in prompts)),
-        notes=_notes(train, test),
+        notes=(*_notes(train, test), *odd_words(mode), *_idle_keys(config)),
     )
 
 
@@ -86,7 +87,7 @@ def check_model(path: str) -> None:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path} has no config.json; it is not a Hugging Face folder")
     try:
-        family = AutoConfig.from_pretrained(path).model_type
+        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         where = "" if folder.exists() else f": no such folder here, and from the hub: {error}"
         detail = where or f": config.json cannot be read: {error}"
@@ -129,7 +130,7 @@ def load_processor(path: str) -> Any:
     from transformers import AutoConfig, AutoProcessor
 
     try:
-        processor: Any = AutoProcessor.from_pretrained(path)
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         flaw = "" if processor.image_processor else "no image processor"
         flaw = flaw or ("" if processor.chat_template else "no chat template")
         # Where the files are missing, transformers may make up a tokenizer that knows no word.
@@ -184,7 +185,7 @@ def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: 
     room = limit - config.rollout.max_tokens
     processor = load_processor(model)
     limits = pixel_limits(processor.image_processor, config.data.max_pixels)
-    mode = get_mode(config.data.mode)
+    mode = get_mode(config.data.mode, config.data.instruction)
     texts = [render_chat(processor, mode.render(p), len(p.images)) for p in prompts]
     # A tokenizer call over all of them is some hundred times faster than one each.
     lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
@@ -211,6 +212,19 @@ def _visual_tokens(root: Path, path: str, factor: int, least: int, most: int) ->
 
 def _notes(*loaded: LoadedPrompts) -> tuple[str, ...]:
     return tuple(_each_note(loaded))
+
+
+def _idle_keys(config: Config) -> Iterator[str]:
+    learner, usual = config.learner, LearnerConfig()
+    if config.run.method == "sft" or learner.updates_per_batch > 1:
+        return
+    names = ("ratio", "surrogate", "clip_low", "clip_high")
+    idle = [name for name in names if getattr(learner, name) != getattr(usual, name)]
+    if idle:
+        yield (
+            f"learner.{', learner.'.join(idle)} change nothing while learner.updates_per_batch is "
+            "1: a batch is one step, and the ratio it would clip is 1"
+        )
 
 
 def _each_note(loaded: Sequence[LoadedPrompts]) -> Iterator[str]:

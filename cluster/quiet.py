@@ -33,3 +33,11 @@ def quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def silence_ray() -> None:
+    """Once connected: Ray prints a page for each process that dies, and has no setting against it.
+    The run says so itself, in a sentence."""
+    import ray._private.worker
+
+    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None

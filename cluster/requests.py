@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medrl.actors.types import Prompt, RolloutRequest, Sampling
-from medrl.configs.schema import RolloutConfig
+from medrl.actors.types import Example, Prompt, RolloutRequest, Sampling
+from medrl.configs.schema import Config, RolloutConfig
 from medrl.data.schedule import Schedule, group_seed
-from medrl.rewards.modes import Mode
+from medrl.rewards.modes import Mode, get_mode
 
 CANARY_TOKENS = 4
 
@@ -25,16 +25,24 @@ class Requests:
 
     def train(self, draw: int) -> RolloutRequest:
         """The request of a draw: sampled, G completions."""
-        prompt = self.prompts[self.schedule[draw]]
+        return self.sampled(draw, self.prompts[self.schedule[draw]], self.rollout.completions)
+
+    def sampled(self, number: int, prompt: Prompt, completions: int) -> RolloutRequest:
+        """So many completions of a prompt, drawn as in training; `number` is their stream's."""
         sampling = Sampling(
-            num_completions=self.rollout.completions,
+            num_completions=completions,
             max_tokens=self.rollout.max_tokens,
             temperature=self.rollout.temperature,
             top_p=self.rollout.top_p,
             top_k=self.rollout.top_k,
         )
-        seed = group_seed(self.seed, draw, self.rollout.completions)
-        return self._request(draw, prompt, sampling, seed)
+        seed = group_seed(self.seed, number, completions)
+        return self._request(number, prompt, sampling, seed)
+
+    def example(self, draw: int) -> Example:
+        """The prompt of a draw with its answer in the mode's form, to be imitated."""
+        request = self.train(draw)
+        return Example(request=request, target=self.mode.write(request.prompt.answer))
 
     def greedy(self, number: int, prompt: Prompt) -> RolloutRequest:
         """One greedy completion: for evaluation and canary; `number` only tells them apart."""
@@ -51,3 +59,14 @@ class Requests:
     def _request(self, draw: int, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutRequest:
         text = self.mode.render(prompt)
         return RolloutRequest(draw=draw, prompt=prompt, text=text, sampling=sampling, seed=seed)
+
+
+def requests_of(config: Config, prompts: Sequence[Prompt]) -> Requests:
+    """A run's requests; its draws are of `prompts`."""
+    return Requests(
+        prompts=prompts,
+        schedule=Schedule(len(prompts), config.run.seed, shuffled=config.data.order == "shuffled"),
+        mode=get_mode(config.data.mode, config.data.instruction),
+        rollout=config.rollout,
+        seed=config.run.seed,
+    )

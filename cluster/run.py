@@ -1,108 +1,102 @@
-"""A training run from a checked config to its last file: start, loop, evaluate, export, stop."""
+"""A training run from a checked config to its last file: start, train, evaluate, export, stop."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from medrl.actors.buffer import GroupBuffer
+from medrl.actors.pool import EnginePool, Outage
+from medrl.actors.sampler import Sampler
+from medrl.cluster.alarms import make_alarms
 from medrl.cluster.checkpoints import (
     Checkpoints,
     DriverState,
     fixed_settings,
-    read_driver_state,
-    refuse_other_model,
-    refuse_other_run,
     resume_from,
 )
+from medrl.cluster.crashes import Crashes
 from medrl.cluster.display import Display
-from medrl.cluster.evaluate import evaluate, summarize
+from medrl.cluster.evaluate import evaluate
 from medrl.cluster.interrupt import Interrupt, Interrupted
 from medrl.cluster.journal import Journal, Listener
-from medrl.cluster.loop import Parts, train
-from medrl.cluster.placement import cluster, placed
-from medrl.cluster.plots import draw_plots
-from medrl.cluster.preflight import Checked, check_inputs, refuse_used_directory
+from medrl.cluster.placement import Placement, cluster, placed
+from medrl.cluster.prepare import Prepared
 from medrl.cluster.publish import Prometheus, WeightsAndBiases
-from medrl.cluster.requests import Requests
-from medrl.cluster.start import System, engines_and_scorer, system
+from medrl.cluster.requests import Requests, requests_of
+from medrl.cluster.start import System, system
+from medrl.cluster.trainers import make_trainer
 from medrl.configs.errors import (
+    CheckpointError,
     EngineError,
+    GapError,
+    LearnerError,
     MedrlError,
     RewardError,
     UserError,
     WeightSyncError,
 )
 from medrl.configs.loader import dump_config
-from medrl.configs.schema import Config
-from medrl.data.schedule import Schedule
-from medrl.rewards.modes import get_mode
+from medrl.learner.settings import dtype_of
+from medrl.reports.breakdown import summarize
+from medrl.reports.plots import draw_plots
 from medrl.rewards.scorer import StrictScorer
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A run that may start: nothing of the user's input is wrong."""
-
-    config: Config
-    checked: Checked
-    checkpoint: Path | None  # to go on from
-
-
-def prepare(config: Config, *, resume: bool) -> Prepared:
-    """Check everything there is to check before an engine starts. Raises `UserError`."""
-    refuse_used_directory(config.run_dir, resume=resume)
-    checked = check_inputs(config, config.model.path)
-    checkpoint = None
-    if resume:
-        checkpoint = Checkpoints(config.run_dir / "checkpoints", keep=1).latest()
-    if checkpoint:
-        now = fixed_settings(config, len(checked.train))
-        refuse_other_run(read_driver_state(checkpoint), now, checkpoint)
-        refuse_other_model(checkpoint, config.model.path)
-    return Prepared(config=config, checked=checked, checkpoint=checkpoint)
+T = TypeVar("T")
 
 
 async def run_training(prepared: Prepared, display: Display) -> bool:
     """Train, evaluate, export. False where the user stopped it (a checkpoint was written)."""
-    config = prepared.config
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    placement_config = prepared.config.placement
     interrupt = Interrupt()
-    with cluster(config.placement), interrupt.listening():
-        listeners: list[Listener] = [display, Prometheus(config.run.name)]
-        wandb = WeightsAndBiases(config, config.run_dir) if config.run.wandb_project else None
-        if wandb:
-            listeners.append(wandb)
-        try:
-            with suppress(Interrupted):
-                await _placed_run(prepared, display, listeners, interrupt)
-        finally:
-            if wandb:
-                wandb.close()
-    draw_plots(config.run_dir)
+    with cluster(placement_config), interrupt.listening(), suppress(Interrupted):
+        async with placed(placement_config) as placement:
+            display.say(
+                f"starting {placement_config.engines} engines and {placement_config.learners} "
+                f"learner ranks on {placement.device}s"
+            )
+            await run_placed(prepared, display, placement, interrupt)
+    draw_plots(prepared.config.run_dir)
     return not interrupt.requested
 
 
-async def _placed_run(
-    prepared: Prepared, display: Display, listeners: Sequence[Listener], interrupt: Interrupt
+async def run_placed(
+    prepared: Prepared,
+    display: Display,
+    placement: Placement,
+    interrupt: Interrupt,
+    *,
+    pool: EnginePool | None = None,
+    then: Callable[[Sampler], Awaitable[None]] | None = None,
 ) -> None:
+    """A whole run in resources that are held; raises `Interrupted` after a stop's checkpoint.
+
+    `pool`: of engines that are up already, and stay so; None: the run's own. `then`: what to do
+    with them at the end, while they serve the last version; the run itself then evaluates only
+    where `eval.every` asks for it.
+    """
     config, checked = prepared.config, prepared.checked
-    requests = _requests(config, checked)
-    async with placed(config.placement) as placement:
-        display.say(
-            f"starting {config.placement.engines} engines and {config.placement.learners} learner "
-            f"ranks on {placement.device}s"
-        )
-        async with system(config, checked, placement, requests, interrupt) as parts:
-            run = Run(prepared, requests, parts, Journal(config.run_dir, listeners), display)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    listeners: list[Listener] = [display, Prometheus(config.run.name)]
+    wandb = WeightsAndBiases(config, config.run_dir) if config.run.wandb_project else None
+    if wandb:
+        listeners.append(wandb)
+    requests = requests_of(config, checked.train)
+    alarms = make_alarms(config, dtype_of(config.model, placement.device), display.note)
+    try:
+        async with system(config, checked, placement, requests, interrupt, pool) as parts:
+            journal = Journal(config.run_dir, listeners, alarms)
+            run = Run(prepared, requests, parts, journal, display, interrupt)
             interrupt.on_request(run.stop)
-            await run.go(interrupt)
+            await run.go(then)
+    finally:
+        if wandb:
+            wandb.close()
 
 
 class Run:
@@ -115,9 +109,11 @@ class Run:
         system: System,
         journal: Journal,
         display: Display,
+        interrupt: Interrupt,
     ) -> None:
         config = prepared.config
         self._config = config
+        self._interrupt = interrupt
         self._prepared = prepared
         self._requests = requests
         self._system = system
@@ -125,97 +121,164 @@ class Run:
         self._journal = journal
         self._display = display
         self._checkpoints = Checkpoints(config.run_dir / "checkpoints", config.run.keep_checkpoints)
-        self._buffer = GroupBuffer(
-            prompts=config.rollout.prompts,
-            staleness=config.rollout.staleness,
-            total_batches=config.run.steps,
-        )
+        self._trainer = make_trainer(config, requests, system, journal)
+        self._served: int | None = None  # the version a receipt of this run proves
         self._stopping: asyncio.Task[None] | None = None
+        self._crashes = Crashes()
+        system.pool.tell = self._tell
         self._evaluated: int | None = None  # the step of the last evaluation
 
     def stop(self) -> None:
         """Have the loop end after the step it is in."""
-        self._stopping = asyncio.ensure_future(self._buffer.stop())
+        self._stopping = asyncio.ensure_future(self._trainer.stop())
+        if not self._system.pool.up:
+            self._system.pool.close("the run was asked to stop")  # and waits for none to come back
 
-    async def go(self, interrupt: Interrupt) -> None:
-        """Resume where there is a checkpoint, train, evaluate, export. A stop leaves one."""
-        if self._prepared.checkpoint:
-            await resume_from(self._prepared.checkpoint, self._buffer, self._system.learner)
-            self._checkpoints.last_saved = self._buffer.version
-            self._display.say(f"resumed from {self._prepared.checkpoint}")
-        self._journal.rewind(self._buffer.version)
+    async def go(self, then: Callable[[Sampler], Awaitable[None]] | None) -> None:
+        """Resume where there is a checkpoint, train, evaluate, export. A stop leaves one.
+
+        A learner that dies on the way is started again. `then`: as for `run_placed`."""
+        checkpoint = self._prepared.checkpoint
+        for sentence in self._prepared.damaged:
+            self._display.note(sentence)
+        if checkpoint:
+            self._display.say(f"resuming from {checkpoint}")
+        restore = self._restore(checkpoint)
+        while True:
+            try:
+                await restore
+                return await self._go(then)
+            except LearnerError as error:
+                if not error.died:
+                    raise
+                restore = self._recover(error)
+
+    async def _restore(self, checkpoint: Path | None) -> None:
+        """Be where the checkpoint was made; None: at the start, where the learner is."""
+        self._trainer = make_trainer(self._config, self._requests, self._system, self._journal)
+        if checkpoint:
+            await resume_from(checkpoint, self._trainer, self._system.learner)
+        self._checkpoints.last_saved = self._trainer.version if checkpoint else None
+        self._journal.rewind(self._trainer.version)
+        self._served = None
+        if self._evaluated and self._evaluated > self._trainer.version:
+            self._evaluated = None
+
+    async def _recover(self, death: LearnerError) -> None:
+        """A learner died: bring all of it back, as the last whole checkpoint has it."""
+        began, cause = time.monotonic(), str(death).partition("\n")[0]
+        self._tell(Outage(who="learner", event="left", cause=cause))
+        self._crashes.add(self._trainer.version, death)
+        await self._interrupt.cancels(self._system.learner.restart())
+        self._system.sync.close_group()
+        checkpoint, damaged = await asyncio.to_thread(self._checkpoints.newest_whole)
+        await self._restore(checkpoint)
+        out_s = time.monotonic() - began
+        self._tell(Outage(who="learner", event="returned", cause=cause, seconds=out_s))
+        for sentence in (*damaged, f"going on from step {self._trainer.version}"):
+            self._display.note(sentence)
+
+    async def _go(self, then: Callable[[Sampler], Awaitable[None]] | None) -> None:
         try:
-            await self._train(interrupt)
-        except (Interrupted, EngineError, RewardError):
+            await self._train(ends_evaluated=then is None or bool(self._config.eval.every))
+        except (Interrupted, EngineError, GapError, RewardError):
             await self._save()  # met between updates, when weights, version and buffer agree
+            if self._interrupt.requested:
+                raise Interrupted from None
+            raise
+        except LearnerError as error:
+            # One that refused a batch made no optimiser step, or some of several.
+            if not error.died and self._config.learner.updates_per_batch == 1:
+                await self._try_to_save()
             raise
         except (WeightSyncError, UserError):
-            # After an update its weights may be saved though they did not reach the engines; the
-            # learner itself may be what broke, and must not hide why.
-            if self._buffer.settled and self._buffer.version:
-                with suppress(MedrlError, TimeoutError):
-                    async with asyncio.timeout(self._config.placement.sync_timeout_s):
-                        await self._save()
+            # After an update its weights may be saved though they did not reach the engines.
+            if self._trainer.settled and self._trainer.version:
+                await self._try_to_save()
             raise
         await self._save()
-        if not interrupt.requested:
-            await self._export()
+        if self._interrupt.requested:
+            return
+        await self._export()
+        if then:
+            await self._serving(then(self._system.sampler))
 
-    async def _train(self, interrupt: Interrupt) -> None:
-        first = self._buffer.version
-        # Engines serve nothing before a receipt, the starting model included.
-        receipt = await self._system.sync.push(version=first, step=first)
-        self._journal.record_sync(receipt)
+    async def _serving(self, work: Awaitable[T]) -> T:
+        """Do `work` with engines that serve the learner's weights, those started again too."""
+        await self._bring()
+        return await self._system.sync.attend(work, self._journal.record_sync)
+
+    async def _bring(self) -> None:
+        """Have the engines serve the learner's weights, where they do not yet."""
+        version = self._trainer.version
+        if self._served != version:
+            self._journal.record_sync(await self._system.sync.push(version=version, step=version))
+            self._served = version
+
+    async def _train(self, *, ends_evaluated: bool) -> None:
+        """`ends_evaluated`: evaluate before the first and after the last step."""
 
         async def after_step(step: int) -> None:
+            if self._trainer.pushes:
+                self._served = step
+            self._journal.refuse_gap()
             every = self._config.run.checkpoint_every
             if every and step % every == 0:
-                await self._save()
+                try:
+                    await self._save()
+                except CheckpointError as error:
+                    # What is in memory is worth more than a stop that could not save it either:
+                    # there is time to make room until the next, and the last one must succeed.
+                    self._display.note(f"{error}; training goes on")
             if self._config.eval.every and step % self._config.eval.every == 0:
-                await self._evaluate(step, interrupt)
+                await self._evaluate(step)
             self._journal.begin_step()
 
-        if first == 0:
-            await self._evaluate(0, interrupt)
-        self._system.sampler.take_idle_seconds()
+        if self._interrupt.requested:
+            raise Interrupted  # while the learner came back
+        if self._trainer.pushes:
+            # Engines serve nothing before a receipt, the starting model included.
+            await self._bring()
+        version, every = self._trainer.version, self._config.eval.every
+        # Killed after a step's checkpoint and before its evaluation, a run owes that.
+        owed = every and version % every == 0 and not self._journal.has_eval(version)
+        if owed if version else ends_evaluated:
+            await self._evaluate(version)
         self._journal.begin_step()
-        await train(
-            Parts(
-                request=self._requests.train,
-                sampler=self._system.sampler,
-                scorer=self._system.scorer,
-                buffer=self._buffer,
-                learner=self._system.learner,
-                sync=self._system.sync,
-                journal=self._journal,
-                after_step=after_step,
-                max_failed_fraction=self._config.reward.max_failed_fraction,
-                take_turns=self._config.placement.colocate,
-            )
-        )
-        if interrupt.requested:
+        await self._trainer.train(after_step)
+        if self._interrupt.requested:
             raise Interrupted
-        await self._evaluate(self._buffer.version, interrupt)
+        if ends_evaluated:
+            await self._evaluate(self._trainer.version)
 
-    async def _evaluate(self, step: int, interrupt: Interrupt) -> None:
+    async def _evaluate(self, step: int) -> None:
         prompts = self._prepared.checked.test
         if not prompts or step == self._evaluated:
             return
         self._display.say(f"evaluating {len(prompts)} held-out prompts")
-        groups = await interrupt.cancels(
-            evaluate(prompts, self._requests.greedy, self._system.sampler, self._strict)
-        )
+        answers = evaluate(prompts, self._requests.greedy, self._system.sampler, self._strict)
+        groups = await self._interrupt.cancels(self._serving(answers))
         self._journal.record_eval(summarize(step, "test", groups))
         self._evaluated = step
 
+    def _tell(self, outage: Outage) -> None:
+        self._journal.record_outage(self._trainer.version, outage)
+        self._display.note(str(outage))
+
+    async def _try_to_save(self) -> None:
+        """On the way out: the learner itself may be what broke, and must not hide why."""
+        with suppress(MedrlError, TimeoutError):
+            async with asyncio.timeout(self._config.placement.sync_timeout_s):
+                await self._save()
+
     async def _save(self) -> None:
-        step = self._buffer.version
+        step = self._trainer.version
         if self._checkpoints.last_saved == step:
             return
         state = DriverState(
             step=step,
             fixed=fixed_settings(self._config, len(self._prepared.checked.train)),
-            buffer=self._buffer.state(),
+            buffer=self._trainer.state(),
         )
         await self._checkpoints.save(state, self._system.learner)
 
@@ -226,38 +289,3 @@ class Run:
         await self._system.learner.export(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-
-
-def run_evaluation(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """The held-out numbers of a checkpoint, an export or any model folder. Raises `UserError`."""
-    if not checkpoint.exists():
-        raise UserError(f"--checkpoint: {checkpoint} does not exist")
-    inside = checkpoint / "learner" / "model"
-    model = str(inside if inside.exists() else checkpoint)
-    checked = check_inputs(config, model, evaluation_only=True)
-    return asyncio.run(_evaluate_model(config, checked, model))
-
-
-async def _evaluate_model(config: Config, checked: Checked, model: str) -> dict[str, Any]:
-    interrupt = Interrupt()
-    requests = _requests(config, checked)
-    with cluster(config.placement), interrupt.listening():
-        async with (
-            placed(config.placement) as placement,
-            engines_and_scorer(config, checked, placement, model, interrupt) as (sampler, scorer),
-        ):
-            groups = await interrupt.cancels(
-                evaluate(checked.test, requests.greedy, sampler, scorer)
-            )
-    return {"checkpoint": model} | summarize(0, "test", groups)
-
-
-def _requests(config: Config, checked: Checked) -> Requests:
-    prompts = checked.train or checked.test  # an evaluation loads no training prompts
-    return Requests(
-        prompts=prompts,
-        schedule=Schedule(len(prompts), config.run.seed),
-        mode=get_mode(config.data.mode),
-        rollout=config.rollout,
-        seed=config.run.seed,
-    )

@@ -6,6 +6,7 @@
     ├── LearnerError         a learner rank failed
     ├── RewardError          failed completions above the limit: the reward itself is broken
     ├── WeightSyncError      a sync did not arrive, or arrived wrong
+    ├── GapError             engines and learner compute different log-probs
     ├── PlacementError       the cluster cannot hold the run
     └── CheckpointError      a checkpoint is broken, or of another model
 
@@ -15,9 +16,17 @@ inside the code, `assert` for our own.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound="MedrlError")
+
 
 class MedrlError(Exception):
     """Base of all errors here. Catch it at a process's boundary only."""
+
+    died = False
+    """Whether the process that was asked is gone, or does not answer: then another one, or the same
+    started anew, may do what this one did not. Else a repetition would fail as well."""
 
 
 class UserError(MedrlError):
@@ -47,9 +56,19 @@ class WeightSyncError(MedrlError):
     """A sync did not arrive in time, or arrived wrong. Names the phase and the peer or tensor."""
 
 
+class GapError(MedrlError):
+    """The log-probs of engines and learner differ by more than `gap.mean` or `gap.max` allows."""
+
+
 class PlacementError(MedrlError):
     """The cluster cannot hold the run: says what is missing."""
 
 
 class CheckpointError(MedrlError):
     """A checkpoint is broken, or was made by another model."""
+
+
+def as_death(error: E) -> E:
+    """Mark an error as one of a process that died or hangs; it stays so across Ray."""
+    error.died = True
+    return error

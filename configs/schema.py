@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from medrl.configs.algorithms import with_preset
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,10 +28,17 @@ class RunConfig(Section):
     """The run directory is DIR/NAME."""
     dir: str = "runs"
     """Where run directories are made. On a cluster, a folder all nodes share."""
+    method: Literal["grpo", "sft"] = "grpo"
+    """sft: imitate the answers (section sft); what `medrl sft` sets."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Order of prompts and every sampling stream derive from it."""
+    deterministic: bool = False
+    """The same seed gives the same completions and losses, whatever the timing, and in a run that
+    was killed and resumed too. An engine then works on one group at a time, which is slower."""
     steps: int = Field(100, ge=0)
     """Optimiser batches to train; 0 evaluates the starting model only."""
+    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Passes over the training prompts; above 0 it wins over `steps`."""
     checkpoint_every: int = Field(50, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end or at an interruption."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -47,6 +56,12 @@ class ModelConfig(Section):
     """Leave the vision tower as it is."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    lora_rank: int = Field(0, ge=0)
+    """Train low-rank adapters (PEFT's LoRA) of this rank instead of the weights; 0: all weights."""
+    lora_alpha: Positive = 32.0
+    """Adapters count lora_alpha / lora_rank times."""
+    lora_vision: bool = False
+    """Adapters in the vision tower too; else it stays as it is."""
 
 
 class DataConfig(Section):
@@ -63,8 +78,21 @@ class DataConfig(Section):
     """Keep only prompts of these modalities when training; empty: all."""
     question_types: tuple[str, ...] = ()
     """Keep only prompts of these question types when training; empty: all."""
-    mode: Literal["think-before", "no-think", "think-after"] = "no-think"
-    """How the model is asked to answer: template, format rule and answer extraction."""
+    mode: str = Field("no-think", min_length=1)
+    """How the model is asked to answer, in one: template, format rule and answer extraction.
+    think-before, no-think, think-after, or the import path of your own `rewards.modes.Mode`,
+    my_lab.modes:DESCRIBE."""
+    instruction: str = ""
+    """Last line of every question instead of the mode's own; {answer} becomes "letter" or "answer".
+    `medrl data lint` shows the result."""
+    order: Literal["shuffled", "easy_first"] = "shuffled"
+    """Of training prompts: a new order each epoch, or by pass rate (needs `pass_rates`)."""
+    pass_rates: str = ""
+    """File of `medrl data pass-rates`: share of right completions of each training prompt."""
+    min_pass_rate: Fraction = 0.0
+    """Leave out training prompts below; those never solved teach nothing."""
+    max_pass_rate: Fraction = 1.0
+    """Leave out training prompts above; those always solved teach nothing."""
     max_pixels: int = Field(401_408, ge=28 * 28)
     """Larger images are scaled down to this many pixels, for engine and learner alike."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -84,6 +112,9 @@ class RolloutConfig(Section):
     """0: off."""
     staleness: int = Field(0, ge=0)
     """Most updates a completion may be behind the learner; 0 is on-policy."""
+    max_replaced: int = Field(0, ge=0)
+    """Dynamic sampling (DAPO): so many groups a step whose rewards are all equal are replaced by
+    the next prompts'; those past the bound are kept, so a step always ends. 0: off."""
     max_model_len: int = Field(2048, ge=16)
     """Longest prompt plus completion, in tokens. A longer prompt is refused, never cut."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.85
@@ -117,9 +148,16 @@ class RewardConfig(Section):
     """Longest a reward may take on one completion."""
     max_failed_fraction: Fraction = 0.1
     """More failed completions than this in one step stop the run."""
+    overlong_tokens: int = Field(0, ge=0)
+    """DAPO's soft punishment: the reward falls by 0 to 1 over the last so many tokens before
+    rollout.max_tokens. 0: off."""
 
 
 class LearnerConfig(Section):
+    algorithm: Literal["grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo"] = "grpo"
+    """Sets those keys below that the file leaves out; see `configs.algorithms`. dapo also sets
+    rollout.max_replaced, to rollout.prompts, and reward.overlong_tokens, to a fifth of
+    rollout.max_tokens."""
     learning_rate: Positive = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay to 0 at run.steps, after the warm-up."""
@@ -136,7 +174,11 @@ class LearnerConfig(Section):
     """GRPO's (r - mean) / std, Dr. GRPO's r - mean, or RLOO's."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio a token (GRPO) or a completion (GSPO)."""
-    clip_low: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.2
+    surrogate: Literal["clipped", "cispo"] = "clipped"
+    """PPO's clipped ratio times advantage, or CISPO's clipped ratio, a constant, times advantage
+    times log-prob."""
+    clip_low: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.2
+    """The ratio is bounded by 1 - clip_low (1: no bound) and 1 + clip_high."""
     clip_high: Positive = 0.2
     aggregation: Literal["completion_mean", "token_mean", "constant"] = "completion_mean"
     """Mean over a completion's tokens and then over completions (GRPO); over all tokens of the
@@ -145,8 +187,39 @@ class LearnerConfig(Section):
     """Weight of KL to the starting model (k3 estimate); 0 loads no reference."""
     kl_gradient: Literal["unbiased", "paper"] = "unbiased"
     """k3 times the ratio, whose gradient is the KL's own (TRL's default), or k3 alone (GRPO)."""
+    mask_truncated: bool = False
+    """Do not train completions cut off at rollout.max_tokens (DAPO's overlong filtering); their
+    rewards still count in their group."""
     importance_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Truncation of the sampler-to-learner importance weight; 0: off. Needed for staleness > 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, keys: object) -> object:
+        return with_preset(keys)
+
+
+class GapConfig(Section):
+    """|engine's log-prob - learner's| over a batch's tokens of the learner's own version, nats.
+    Above is an alarm; three steps in a row, or ten times as much, stop the run."""
+
+    mean: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Largest mean; 0: 1e-4 in float32, 0.05 in bfloat16."""
+    max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Largest of one token; 0: 0.01 in float32, 5 in bfloat16."""
+
+
+class SftConfig(Section):
+    """`medrl sft` takes these in place of run.steps, rollout.prompts and the learner's."""
+
+    steps: int = Field(0, ge=0)
+    """Optimiser steps; 0: one epoch."""
+    prompts: int = Field(32, ge=1)
+    """Prompts a step, over all ranks."""
+    learning_rate: Positive = 2e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay to 0 at `steps`, after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
 
 
 class PlacementConfig(Section):
@@ -171,6 +244,9 @@ class PlacementConfig(Section):
     """Longest wait for engines and ranks to load."""
     sync_timeout_s: Positive = 300.0
     """Longest wait for any one phase of a sync."""
+    heartbeat_s: Positive = 60.0
+    """An engine that serves and does not answer a ping for so long is ended and started again. More
+    than the longest step of its model takes."""
 
 
 class EvalConfig(Section):
@@ -178,6 +254,8 @@ class EvalConfig(Section):
     """Steps between evaluations; 0: before the first and after the last step only."""
     max_prompts: int = Field(0, ge=0)
     """Evaluate on the first so many held-out prompts; 0: all."""
+    blind: bool = True
+    """`medrl eval` also asks every prompt with its images blanked."""
 
 
 class Config(Section):
@@ -189,6 +267,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     learner: LearnerConfig = LearnerConfig()
+    gap: GapConfig = GapConfig()
+    sft: SftConfig = SftConfig()
     placement: PlacementConfig = PlacementConfig()
     eval: EvalConfig = EvalConfig()
 

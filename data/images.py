@@ -11,7 +11,7 @@ import math
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from medrl.data.image_files import MAX_ASPECT, ImageProblem, check_aspect, decod
 
 MIN_PIXELS = 56 * 56
 """Smaller images are enlarged, as the processors of Qwen2-VL and Qwen2.5-VL do."""
+
+MID_GREY = (128, 128, 128)
+"""What a blanked image shows: 0 or near it once the processors have normalised it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,13 @@ class ImageStore:
         self._keep(path, loaded)
         future.set_result(loaded)
         return loaded
+
+    def blank(self, path: str) -> LoadedImage:
+        """A plain grey image of the size of the one at `path`, thus as many visual tokens; its
+        hash is its own. Raises `UserError` where that one cannot be loaded."""
+        seen = self.load(path)
+        grey = Image.new("RGB", (seen.width, seen.height), MID_GREY)
+        return replace(seen, image=grey, sha256=pixel_hash(grey))
 
     def _read(self, path: str) -> LoadedImage:
         try:

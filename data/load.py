@@ -14,6 +14,7 @@ from medrl.configs.loader import did_you_mean
 from medrl.configs.schema import DataConfig
 from medrl.data import huggingface, med_r1, names, omnimedvqa
 from medrl.data.image_files import ImageProblem, PathProblem, check_images
+from medrl.data.pass_rates import select
 from medrl.data.rows import Problems, Row, RowError, Source, to_prompt
 from medrl.data.tables import read_json_lines_table
 
@@ -80,9 +81,11 @@ def load_prompts(
         problems.add(f"data.{split}", f"no prompts in {getattr(config, split)}{left_out}")
     problems.raise_if_any()
     prompts = tuple(prompt for _, prompt in kept)
-    return LoadedPrompts(
-        prompts=prompts, image_root=root, skipped=tuple(skipped), notes=_notes(prompts)
-    )
+    notes = _notes(prompts)
+    if split == "train" and config.pass_rates:
+        selected = select(config, prompts)
+        prompts, notes = selected.prompts, (*notes, *selected.notes)
+    return LoadedPrompts(prompts=prompts, image_root=root, skipped=tuple(skipped), notes=notes)
 
 
 def share_root(*loaded: LoadedPrompts) -> tuple[LoadedPrompts, ...]:

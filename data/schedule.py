@@ -17,13 +17,15 @@ _ODD = 0x9E3779B1
 
 
 class Schedule:
-    """Draw d (0, 1, 2, ...) -> index of a prompt. Every epoch is a fresh seeded permutation."""
+    """Draw d (0, 1, 2, ...) -> index of a prompt. Every epoch is a fresh seeded permutation or,
+    where not `shuffled`, the prompts as they stand."""
 
-    def __init__(self, num_prompts: int, seed: int) -> None:
+    def __init__(self, num_prompts: int, seed: int, *, shuffled: bool = True) -> None:
         if num_prompts < 1:
             raise ValueError(f"a schedule needs at least one prompt, got {num_prompts}")
         self.num_prompts = num_prompts
         self.seed = seed
+        self.shuffled = shuffled
         # Two: a batch that crosses the end of an epoch reads from both.
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
@@ -31,6 +33,8 @@ class Schedule:
         if draw < 0:
             raise IndexError(f"draws count from 0, got {draw}")
         epoch, position = divmod(draw, self.num_prompts)
+        if not self.shuffled:
+            return position
         return self._permutation(epoch)[position]
 
     def _shuffle(self, epoch: int) -> list[int]:

@@ -16,8 +16,17 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from medrl.actors.actor import death
-from medrl.actors.types import Group, ScoredGroup, Sent, SyncPlan, UpdateMetrics, WeightMeta
-from medrl.configs.errors import LearnerError, MedrlError
+from medrl.actors.types import (
+    Example,
+    Group,
+    ImitationMetrics,
+    ScoredGroup,
+    Sent,
+    SyncPlan,
+    UpdateMetrics,
+    WeightMeta,
+)
+from medrl.configs.errors import CheckpointError, LearnerError, MedrlError, as_death
 from medrl.learner.settings import LearnerSettings
 
 _GRACE_S = 5.0
@@ -49,6 +58,10 @@ class LearnerRankActor:
         metrics: UpdateMetrics = self._engine.update(batch)
         return metrics
 
+    def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
+        metrics: ImitationMetrics = self._engine.imitate(batch)
+        return metrics
+
     def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
         found: tuple[tuple[float, ...], ...] = self._engine.logprobs(group)
         return found
@@ -65,7 +78,10 @@ class LearnerRankActor:
         return sent
 
     def save(self, folder: Path) -> None:
-        self._engine.save(folder)
+        try:
+            self._engine.save(folder)
+        except (OSError, RuntimeError) as error:  # torch has a full disk be a RuntimeError
+            raise CheckpointError(f"writing {folder}: {error}") from error
 
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
@@ -92,37 +108,57 @@ async def create_learner(
     cannot be trained.
     """
     remote = ray.remote(LearnerRankActor)
-    ranks = [
-        remote.options(**options_for_rank(rank)).remote(settings, rank, world)
-        for rank in range(world)
-    ]
-    learner = RayLearner(ranks)
-    try:
-        async with asyncio.timeout(timeout_s):
-            address, port = await learner.transfer_address()
-            await learner.each("start", lambda rank: rank.start.remote(address, port))
-    except TimeoutError as error:
-        await learner.close()
-        raise LearnerError(
-            f"{world} learner rank(s) were not up within {timeout_s:g} s: give them resources, or "
-            "raise placement.start_timeout_s"
-        ) from error
-    except BaseException:
-        await learner.close()
-        raise
+
+    def make() -> list[Any]:
+        return [
+            remote.options(**options_for_rank(rank)).remote(settings, rank, world)
+            for rank in range(world)
+        ]
+
+    learner = RayLearner(make, timeout_s)
+    await learner.restart()
     return learner
 
 
 class RayLearner:
     """Obeys `learner.learner.Learner` over rank actors. Build it with `create_learner`."""
 
-    def __init__(self, ranks: Sequence[Any]) -> None:
-        self._ranks = list(ranks)
+    def __init__(self, make: Callable[[], Sequence[Any]], timeout_s: float) -> None:
+        """`make`: new rank actors, in order; they have `timeout_s` to load the model."""
+        self._make = make
+        self._timeout_s = timeout_s
+        self._ranks: list[Any] = []
+
+    async def restart(self) -> None:
+        """All ranks, for they hold parts of one optimiser: none can go on without the others."""
+        await self.close()
+        self._ranks = list(self._make())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                address, port = await self.transfer_address()
+                await self.each("start", lambda rank: rank.start.remote(address, port))
+        except TimeoutError as error:
+            text = (
+                f"{len(self._ranks)} learner rank(s) were not up within {self._timeout_s:g} s: "
+                "give them resources, or raise placement.start_timeout_s"
+            )
+            await self.close()
+            raise as_death(LearnerError(text)) from error
+        except BaseException:
+            await self.close()
+            raise
 
     async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
         shared = ray.put(tuple(batch))
         metrics: UpdateMetrics = (
             await self.each("update", lambda rank: rank.update.remote(shared))
+        )[0]
+        return metrics
+
+    async def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
+        shared = ray.put(tuple(batch))
+        metrics: ImitationMetrics = (
+            await self.each("supervised step", lambda rank: rank.imitate.remote(shared))
         )[0]
         return metrics
 
@@ -162,6 +198,7 @@ class RayLearner:
         await self.each("exporting", lambda rank: rank.export.remote(folder))
 
     async def close(self) -> None:
+        """Safe to call twice; `restart` may follow."""
         ranks, self._ranks = self._ranks, []
         for rank in ranks:  # no goodbye: it would wait for a rank that hangs in a collective
             ray.kill(rank)
@@ -189,7 +226,10 @@ class RayLearner:
 
 
 def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
-    """The failure to tell: a death before a mistake, a mistake before what either caused."""
+    """The failure to tell: a death before a mistake, a mistake before what either caused.
+
+    What no rank raised on purpose counts as a death: a peer that is gone or hangs shows as a broken
+    collective, and after any of them the ranks may be out of step."""
     failures = [
         (rank, error)
         for rank, task in enumerate(tasks)
@@ -197,9 +237,8 @@ def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
     ]
     for rank, error in failures:
         if isinstance(error, RayActorError):
-            return _with_cause(
-                LearnerError(f"learner rank {rank} died ({what}): {death(error)}"), error
-            )
+            text = f"learner rank {rank} died ({what}): {death(error)}"
+            return _with_cause(as_death(LearnerError(text)), error)
     for _, error in failures:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, MedrlError):
@@ -207,7 +246,7 @@ def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
     rank, error = failures[0]
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = f"learner rank {rank} failed ({what}): {type(cause).__name__}: {cause}"
-    return _with_cause(LearnerError(text), error)
+    return _with_cause(as_death(LearnerError(text)), error)
 
 
 def _with_cause(error: MedrlError, cause: BaseException) -> MedrlError:

@@ -78,12 +78,12 @@ class RowBatch:
 
 def build_rows(
     micro_batch: MicroBatch,
-    batch: Sequence[ScoredGroup],
+    batch: Sequence[ScoredGroup] | Mapping[int, ScoredGroup],
     prompts: Mapping[int, PromptInputs],
     advantages: Sequence[Sequence[float]],
     blank: BlankImage,
 ) -> RowBatch:
-    """`prompts` by index in `batch`; `advantages` [P][G]."""
+    """`prompts` by index in `batch`, which needs to hold the rows' groups; `advantages` [P][G]."""
     if not micro_batch.rows:
         return _company(blank, vision=micro_batch.vision)
     rows = micro_batch.rows

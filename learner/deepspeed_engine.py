@@ -6,9 +6,7 @@ tests into a plain one. Every method is a collective: all ranks call it, in the 
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -19,16 +17,32 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from medrl.actors.types import Group, ScoredGroup, Sent, SyncPlan, UpdateMetrics, WeightMeta
+from medrl.actors.types import (
+    Example,
+    Group,
+    ImitationMetrics,
+    ScoredGroup,
+    Sent,
+    SyncPlan,
+    UpdateMetrics,
+    WeightMeta,
+)
+from medrl.actors.wire import open_store
 from medrl.configs.errors import CheckpointError, LearnerError
 from medrl.data.images import ImageStore
+from medrl.learner import lora
 from medrl.learner import model as models
 from medrl.learner.batch import RowBatch
-from medrl.learner.checkpoint import LearnerState, shapes
+from medrl.learner.checkpoint import LearnerState
+from medrl.learner.determinism import seed_process
+from medrl.learner.imitate import Imitator
+from medrl.learner.optimizer import adamw, gradient_norm
 from medrl.learner.settings import LearnerSettings
+from medrl.learner.state_files import StateFiles
 from medrl.learner.transports import Sender, open_sender
 from medrl.learner.update import Updater
 from medrl.learner.weight_source import ModuleSource
+from medrl.learner.zero import partitioned_load, silence, zero_config, zero_stage
 
 _EXPORT_BUCKET_BYTES = 2**30
 _TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
@@ -42,16 +56,16 @@ class DeepSpeedRank:
     ) -> None:
         """`address`, `port`: where rank 0 listens for the others. Raises `UserError`, and
         `LearnerError` where the ranks do not meet."""
-        self._settings = settings
+        self._settings, self._stage = settings, zero_stage(settings)
         self.rank, self.world = rank, world
         self.device = torch.device("cuda" if settings.device == "gpu" else "cpu")
         models.read_config(settings.model.path)  # before the ranks wait for each other
         self._deepspeed = _join(settings, rank, world, address, port)
-        torch.manual_seed(settings.seed)
+        seed_process(settings.seed, deterministic=settings.deterministic)
         path = settings.model.path
         self._reader = models.PromptReader(path, _image_store(settings))
         # transformers asks this object, held by a weak reference, how to load the weights.
-        self._partitioned_load = _partitioned_load(self._config()) if self._stage == 3 else None
+        self._partitioned_load = partitioned_load(settings) if self._stage == 3 else None
         policy = models.load_policy(
             path,
             getattr(torch, settings.dtype),
@@ -59,13 +73,19 @@ class DeepSpeedRank:
             freeze_vision=settings.model.freeze_vision,
             gradient_checkpointing=settings.model.gradient_checkpointing,
         )
+        self._adapters = lora.attach(policy.vlm, settings.model, settings.seed)
         self._engine = self._deepspeed.initialize(
-            model=policy, optimizer=_optimizer(policy, settings), config=self._config()
+            model=policy, optimizer=adamw(policy, settings.learner), config=zero_config(settings)
         )[0]
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
-        self._source = ModuleSource(policy.vlm, self._gather if self._stage == 3 else None)
+        self._files = _state_files(self._engine)
+        gather = self._gather if self._stage == 3 else None
+        self._source = (
+            self._adapters.source(gather) if self._adapters else ModuleSource(policy.vlm, gather)
+        )
         self._updater = Updater(self, self._reader, settings)
+        self._imitator = Imitator(self, self._reader, settings)
         self._version = 0
         self._sender: Sender | None = None
 
@@ -73,6 +93,11 @@ class DeepSpeedRank:
 
     def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
         metrics = self._updater.update(batch, self._version)
+        self._version += 1
+        return metrics
+
+    def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
+        metrics = self._imitator.imitate(batch, self._version)
         self._version += 1
         return metrics
 
@@ -94,12 +119,13 @@ class DeepSpeedRank:
         return self._sender.send()
 
     def save(self, folder: Path) -> None:
-        self.export(folder / "model")
+        self._write_model(folder / "model")
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save(torch.get_rng_state(), folder / f"rng_{self.rank}.pt")
+        self._files.save(torch.get_rng_state(), folder / f"rng_{self.rank}.pt")
         if self.rank == 0:
-            self._state().write(folder)
-        torch.distributed.barrier()
+            with self._files.noting():
+                self._state().write(folder)
+        self._refuse_unwritten(folder)
 
     def load(self, folder: Path) -> None:
         saved = LearnerState.read(folder)
@@ -107,7 +133,7 @@ class DeepSpeedRank:
             raise CheckpointError(f"checkpoint {folder} does not fit: {'; '.join(problems)}")
         try:
             path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-            torch.set_rng_state(torch.load(folder / f"rng_{self.rank}.pt"))
+            torch.set_rng_state(self._files.load(folder / f"rng_{self.rank}.pt"))
         except Exception as error:
             raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
         if path is None:
@@ -115,14 +141,8 @@ class DeepSpeedRank:
         self._version = saved.version
 
     def export(self, folder: Path) -> None:
-        state: dict[str, Tensor] = {}
-        for metas, tensors in self._source.buckets(_EXPORT_BUCKET_BYTES):
-            if self.rank == 0:
-                for meta, tensor in zip(metas, tensors, strict=True):
-                    state[meta.name] = tensor.detach().to("cpu", copy=True)
-        if self.rank == 0:
-            models.save_model(self._policy, state, self._reader, folder)
-        torch.distributed.barrier()
+        self._write_model(folder)
+        self._refuse_unwritten(folder)
 
     def close(self) -> None:
         if self._sender is not None:
@@ -131,7 +151,7 @@ class DeepSpeedRank:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    # What `learner.update.Stepper` promises.
+    # What `learner.stepper.Stepper` promises.
 
     def score(
         self, rows: RowBatch, images: list[models.ImageInputs], *, reference: bool = False
@@ -149,7 +169,7 @@ class DeepSpeedRank:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         # Without ZeRO DeepSpeed clips but does not say what the norm was.
-        norm = _norm(self._policy) if self._stage == 0 else None
+        norm = gradient_norm(self._policy) if self._stage == 0 else None
         if norm is not None and not norm.isfinite():
             return float(norm)  # with ZeRO, DeepSpeed makes no such step either: the norm is inf
         self._engine.step()
@@ -169,27 +189,30 @@ class DeepSpeedRank:
 
     # The rest is ours.
 
-    @property
-    def _stage(self) -> int:
-        # Stage 0 would train bfloat16 weights without a float32 copy: small steps would vanish.
-        stage = self._settings.learner.zero_stage
-        return max(stage, 1) if self._settings.dtype == "bfloat16" else stage
+    def _write_model(self, folder: Path) -> None:
+        state: dict[str, Tensor] = {}
+        for metas, tensors in self._source.buckets(_EXPORT_BUCKET_BYTES):
+            if self.rank == 0:
+                for meta, tensor in zip(metas, tensors, strict=True):
+                    state[meta.name] = tensor.detach().to("cpu", copy=True)
+        if self.rank == 0:
+            with self._files.noting():
+                models.save_model(self._policy, state, self._reader, folder)
+        if self._adapters:
+            with self._files.noting():
+                self._adapters.save(folder / "adapter", self._source.gather, write=self.rank == 0)
 
-    def _config(self) -> dict[str, Any]:
-        bfloat16 = self._settings.dtype == "bfloat16"
-        return {
-            "train_micro_batch_size_per_gpu": 1,  # a word only: micro-batches are ours
-            "gradient_accumulation_steps": 1,  # likewise, see `backward`
-            "gradient_clipping": self._settings.learner.max_gradient_norm,
-            "zero_optimization": {"stage": self._stage},
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": bfloat16},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "steps_per_print": 2**31,
-        }
+    def _refuse_unwritten(self, folder: Path) -> None:
+        """Wait for all ranks; raises `CheckpointError` on each where any did not write its part."""
+        mine, self._files.problem = self._files.problem, ""
+        if problem := self.first_error(mine and f"rank {self.rank}: {mine}"):
+            raise CheckpointError(f"{folder} could not be written: {problem}")
 
     def _load_reference(self) -> Any:
-        """The starting model, frozen; partitioned like the policy where that is."""
+        """The starting model, frozen; partitioned like the policy where that is. With
+        adapters, the policy itself without them."""
+        if self._adapters:
+            return self._adapters.without(self._engine)
         frozen = models.load_policy(
             self._settings.model.path,
             getattr(torch, self._settings.dtype),
@@ -197,7 +220,9 @@ class DeepSpeedRank:
         ).requires_grad_(False)
         if self._stage != 3:
             return frozen.to(self.device).eval()
-        return self._deepspeed.initialize(model=frozen.eval(), config=self._config())[0]
+        return self._deepspeed.initialize(model=frozen.eval(), config=zero_config(self._settings))[
+            0
+        ]
 
     def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[object]:
         gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
@@ -206,14 +231,13 @@ class DeepSpeedRank:
         return gathered
 
     def _state(self) -> LearnerState:
-        return LearnerState(
+        return LearnerState.of(
+            self._settings,
             version=self._version,
             family=self._reader.config.model_type,
-            dtype=self._settings.dtype,
             ranks=self.world,
             zero_stage=self._stage,
-            freeze_vision=self._settings.model.freeze_vision,
-            tensors=shapes(self.weights()),
+            weights=self.weights(),
         )
 
 
@@ -224,28 +248,24 @@ def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: 
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": "0",  # Ray shows a process its own GPU only
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DEEPSPEED_LOG_LEVEL": "warning",
     }
     import deepspeed
-    import transformers
 
-    # DeepSpeed uses old names of collectives; torch says so, once a micro-batch.
-    warnings.filterwarnings(
-        "ignore", message="`torch.distributed.*deprecated", category=FutureWarning
-    )
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence()
     # Shared-memory collectives would be compiled at the first start, by all ranks at once, and
     # report so on stdout; nothing here uses them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=settings.collective_timeout_s)
     backend = "nccl" if settings.device == "gpu" else "gloo"
     try:
+        if not torch.distributed.is_initialized():
+            store = open_store(address, port, world, is_master=rank == 0, timeout=timeout)
+            torch.distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=timeout
+            )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     except Exception as error:
         raise LearnerError(
@@ -254,10 +274,16 @@ def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: 
     return deepspeed
 
 
-def _partitioned_load(config: dict[str, Any]) -> Any:
-    from transformers.integrations import HfDeepSpeedConfig
+def _state_files(engine: Any) -> StateFiles:
+    """Put between the engine and the disk."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return HfDeepSpeedConfig(config)
+    files = StateFiles(engine.checkpoint_engine, [LossScaler, ZeroStageEnum, fragment_address])
+    engine.checkpoint_engine = files
+    engine._copy_recovery_script = lambda folder: None  # no programs beside the data
+    return files
 
 
 def _image_store(settings: LearnerSettings) -> ImageStore:
@@ -266,21 +292,3 @@ def _image_store(settings: LearnerSettings) -> ImageStore:
 
     processor = AutoImageProcessor.from_pretrained(settings.model.path)
     return ImageStore.for_model(settings.image_root, processor, settings.max_pixels, cache_bytes=0)
-
-
-def _optimizer(policy: torch.nn.Module, settings: LearnerSettings) -> torch.optim.Optimizer:
-    """AdamW; norms' scales and biases are not decayed."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.learner.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learner.learning_rate)
-
-
-def _norm(policy: torch.nn.Module) -> Tensor:
-    gradients = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
-    norm: Tensor = torch.stack(gradients).norm()
-    return norm

@@ -8,6 +8,7 @@ shuffled ones do not.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,9 @@ from statistics import fmean
 from medrl.actors.fake_engine import FakeWire, Tensor, fake_digest
 from medrl.actors.types import (
     Completion,
+    Example,
     Group,
+    ImitationMetrics,
     ScoredGroup,
     Sent,
     SyncPlan,
@@ -34,8 +37,13 @@ class FakeLearner:
         self._wire = wire
         self._plan: SyncPlan | None = None
         self._learning_rate = learning_rate
+        self._start = skill
         self.skill = skill
         self.updates = 0
+
+    async def restart(self) -> None:
+        self._plan = None
+        self.skill, self.updates = self._start, 0
 
     async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
         if not batch:
@@ -67,6 +75,21 @@ class FakeLearner:
             visual_tokens=0,
             sharing=1.0,
             advantages=advantages,
+            seconds=0.0,
+        )
+
+    async def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
+        """Every target counts as a good completion, of one token."""
+        if not batch:
+            raise LearnerError("a supervised step needs at least one example")
+        loss, gradient = -math.log(self.skill), 1 / self.skill
+        self.skill = min(1 - EDGE, self.skill + self._learning_rate * gradient)
+        self.updates += 1
+        return ImitationMetrics(
+            loss=loss,
+            gradient_norm=gradient,
+            learning_rate=self._learning_rate,
+            tokens=len(batch),
             seconds=0.0,
         )
 

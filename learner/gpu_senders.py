@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from vllm.distributed.weight_transfer.nccl_common import trainer_init
 from vllm.distributed.weight_transfer.packed_tensor import (
     packed_ipc_producer,
@@ -21,7 +20,7 @@ from vllm.distributed.weight_transfer.packed_tensor import (
 )
 
 from medrl.actors.types import Sent, SyncPlan
-from medrl.actors.wire import digest, encode_ipc_handle, num_bytes
+from medrl.actors.wire import digest, encode_ipc_handle, num_bytes, open_store
 from medrl.learner.transports import summary
 from medrl.learner.weight_source import WeightSource
 
@@ -84,7 +83,7 @@ class IpcSender:
     def __init__(self, plan: SyncPlan, rank: int, source: WeightSource) -> None:
         self._plan, self._source = plan, source
         self._timeout = timedelta(seconds=plan.timeout_s)
-        self._store = TCPStore(
+        self._store = open_store(
             plan.address,
             plan.port,
             is_master=rank == 0,

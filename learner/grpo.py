@@ -1,51 +1,19 @@
 """The maths of GRPO and its variants: tensors in, tensors out. Imports only torch.
 
 Letters: P prompts, G completions a prompt, B completions of a micro-batch, C completion tokens.
-A mask is True where a token (or completion) is trained: not padding, not failed. Means divide by
+A mask is True where a token (or completion) is trained: not padding, not left out. Means divide by
 `Denominators` counted over the whole optimiser batch, so the losses of its parts add up to its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from medrl.learner.objective import Denominators, LossTerms, Objective
+
 STANDARD_DEVIATION_FLOOR = 1e-4  # as in TRL: a nearly constant group is not blown up
 MAX_LOG_RATIO = 20.0  # exp of a larger one nears float32's limit; none that matters is this large
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """Which variant of GRPO: the fields of `configs.schema.LearnerConfig` of the same names."""
-
-    ratio: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    aggregation: str = "completion_mean"
-    kl_coefficient: float = 0.0
-    kl_gradient: str = "unbiased"
-    importance_cap: float = 0.0  # 0: off
-    max_tokens: int = 1  # longest completion, for aggregation "constant"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Denominators:
-    """Counts over the whole optimiser batch, all ranks and micro-batches, failed ones left out."""
-
-    completions: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossTerms:
-    """What one micro-batch adds, scalars; sums are over trained tokens."""
-
-    loss: Tensor  # the only one with a gradient
-    kl_sum: Tensor  # nats
-    clipped_sum: Tensor  # tokens whose ratio was clipped
-    importance_sum: Tensor
 
 
 def zero_variance(rewards: Tensor, valid: Tensor) -> Tensor:
@@ -91,6 +59,15 @@ def clipped_surrogate(
     return -surrogate, (too_low & (advantages < 0)) | (too_high & (advantages > 0))
 
 
+def cispo_surrogate(
+    ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """CISPO's -sg(clip(w, 1-low, 1+high)) A log p, arXiv 2506.13585, and where w was clipped: that
+    bounds a token's gradient and never cuts it. Shapes as in `clipped_surrogate`."""
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high).detach()
+    return -weight * advantages * logprobs, weight != ratio
+
+
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
     """k3 of KL(policy || reference) a token: exp(d) - d - 1 with d = reference - policy; >= 0.
     Schulman, "Approximating KL divergence", 2020."""
@@ -128,13 +105,17 @@ def grpo_loss(
     objective: Objective,
     counts: Denominators,
 ) -> LossTerms:
-    """-min(w A, clip(w) A) [* truncated importance] [+ beta * KL], aggregated.
+    """The surrogate [* truncated importance] [+ beta * KL], aggregated.
 
     KL is k3 ("paper") or w k3 ("unbiased": of the same value at w = 1, but its gradient is that of
     the KL itself; DeepSeek-V3.2, arXiv 2512.02556, and TRL's default)."""
     clip_low, clip_high = objective.clip_low, objective.clip_high
     ratio = importance_ratio(logprobs - old.detach(), mask, objective.ratio)
-    per_token, clipped = clipped_surrogate(ratio, advantages[:, None], clip_low, clip_high)
+    shared = advantages[:, None]  # by a completion's tokens
+    if objective.surrogate == "cispo":
+        per_token, clipped = cispo_surrogate(ratio, shared, logprobs, clip_low, clip_high)
+    else:
+        per_token, clipped = clipped_surrogate(ratio, shared, clip_low, clip_high)
     weights, kl = torch.ones_like(logprobs), torch.zeros_like(logprobs)
     if objective.importance_cap:
         weights = truncated_importance(old, sampler, objective.importance_cap)

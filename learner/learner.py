@@ -10,14 +10,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from medrl.actors.types import Group, ScoredGroup, Sent, SyncPlan, UpdateMetrics, WeightMeta
+from medrl.actors.types import (
+    Example,
+    Group,
+    ImitationMetrics,
+    ScoredGroup,
+    Sent,
+    SyncPlan,
+    UpdateMetrics,
+    WeightMeta,
+)
 
 
 class Learner(Protocol):
-    """Turns scored groups into new weights. Calls never overlap."""
+    """Turns scored groups into new weights. Calls never overlap.
+
+    Any call raises a `LearnerError` whose `died` is set where a part of it is gone or hangs: then
+    only `restart` helps, and `load`. Other errors are refusals, on all ranks, and would come again.
+    """
+
+    async def restart(self) -> None:
+        """Be as at the start of the run: the starting model, no optimiser steps."""
+        ...
 
     async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
         """One batch: `updates_per_batch` optimiser steps. Raises `LearnerError`."""
+        ...
+
+    async def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
+        """One supervised step over all examples; a version, as an update is. Raises
+        `LearnerError`."""
         ...
 
     async def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medrl.actors.chat import forbidden_token_ids, render_chat
-from medrl.actors.types import Group
+from medrl.actors.types import Group, RolloutRequest
 from medrl.configs.errors import LearnerError, UserError
 from medrl.learner import attention
 from medrl.learner.batch import BlankImage, PromptInputs, RowBatch
@@ -103,17 +103,21 @@ class PromptReader:
                 f"{_short(group.image_hashes)} in the engine): a file changed or differs "
                 "between machines"
             )
-        inputs = [self.image(hash) for hash in hashes]
-        text = render_chat(self.processor, group.request.text, len(hashes))
-        ids = self._token_ids(text, inputs)
+        inputs = self.inputs(group.request)
+        ids = inputs.token_ids.tolist()
         if tuple(ids) != group.prompt_token_ids:
             raise LearnerError(_different_ids(prompt.id, ids, group, self.config.image_token_id))
-        positions, following = self._positions(torch.tensor(ids), inputs)
+        return inputs
+
+    def inputs(self, request: RolloutRequest) -> PromptInputs:
+        """The prompt as an engine would be given it."""
+        hashes = tuple(self._hash(path) for path in request.prompt.images)
+        images = [self.image(hash) for hash in hashes]
+        text = render_chat(self.processor, request.text, len(hashes))
+        ids = torch.tensor(self._token_ids(text, images))
+        positions, following = self._positions(ids, images)
         return PromptInputs(
-            token_ids=torch.tensor(ids),
-            positions=positions,
-            next_position=following,
-            images=hashes,
+            token_ids=ids, positions=positions, next_position=following, images=hashes
         )
 
     def image(self, hash: str) -> ImageInputs:

@@ -23,12 +23,18 @@ class LearnerSettings:
     seed: int
     device: Literal["cpu", "gpu"]
     collective_timeout_s: float = 600.0  # longest wait of a rank for the others
+    deterministic: bool = False  # the same batch and weights give the same update, to the last bit
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        if self.model.dtype == "auto":
-            return "bfloat16" if self.device == "gpu" else "float32"
-        return self.model.dtype
+        return dtype_of(self.model, self.device)
+
+
+def dtype_of(model: ModelConfig, device: Literal["cpu", "gpu"]) -> Literal["float32", "bfloat16"]:
+    """What a model is computed in."""
+    if model.dtype == "auto":
+        return "bfloat16" if device == "gpu" else "float32"
+    return model.dtype
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
+from torch.distributed import ProcessGroupGloo
 
 from medrl.actors.types import Sent, SyncPlan
 from medrl.actors.wire import broadcast, buffer_bytes, digest, num_bytes, open_gloo, views
@@ -60,6 +61,7 @@ class GlooSender:
         self._plan = plan
         self._source = source
         self._is_sender = rank == 0
+        self._group: ProcessGroupGloo | None = None
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2  # grown to the largest bucket
         if not self._is_sender:
             return
@@ -72,6 +74,14 @@ class GlooSender:
             ) from error
 
     def send(self) -> Sent:
+        try:
+            return self._send()
+        except BaseException:
+            # Without it engines would wait for the rest until their deadline.
+            self.close()
+            raise
+
+    def _send(self) -> Sent:
         started = time.perf_counter()
         digests: dict[str, str] = {}
         failure: Exception | None = None
@@ -101,8 +111,9 @@ class GlooSender:
         return summary(self._source, digests, started)
 
     def close(self) -> None:
-        if self._is_sender:
+        if self._group is not None:
             self._group.shutdown()
+            self._group = None  # this, not the shutdown, closes the connections
 
     def _buffer(self, number: int, size: int) -> torch.Tensor:
         """Buckets take turns on two buffers."""
@@ -111,6 +122,8 @@ class GlooSender:
         return self._buffers[number % 2][:size]
 
     def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
+        if self._group is None:
+            raise WeightSyncError("sync: sending needs a transfer group")
         try:
             broadcast(self._group, buffer)
         except RuntimeError as error:

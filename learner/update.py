@@ -6,66 +6,34 @@ forward pass is needed; the distance to the policy that sampled is measured (`lo
 for stale completions, corrected by `importance_cap`. The loss divides by counts over the whole
 optimiser batch, so it is the same for any split over rows, micro-batches and ranks.
 
-Every refusal is of all ranks, for a rank that went on alone would wait for ever. A loss or gradient
-that is no number is refused before it reaches the weights.
+A loss or gradient that is no number is refused before it reaches the weights (`learner.stepper`).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from medrl.actors.types import Group, Score, ScoredGroup, UpdateMetrics
 from medrl.configs.errors import LearnerError
+from medrl.configs.schema import LearnerConfig
 from medrl.learner.batch import PromptInputs, RowBatch, build_rows
-from medrl.learner.grpo import (
-    Denominators,
-    Objective,
-    group_advantages,
-    grpo_loss,
-    zero_variance,
-)
+from medrl.learner.grpo import group_advantages, grpo_loss, zero_variance
 from medrl.learner.model import ImageInputs, PromptReader
+from medrl.learner.objective import Denominators, Objective
 from medrl.learner.rows import GroupSize, MicroBatch, Plan, plan_rows
 from medrl.learner.settings import LearnerSettings, learning_rate
+from medrl.learner.stepper import Stepper, on_all_ranks, read_images, refuse_not_finite
 from medrl.learner.sums import Sums
 
-
-class Stepper(Protocol):
-    """One rank of whatever holds the weights. Every call is made by all ranks, in one order."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def score(
-        self, rows: RowBatch, images: list[ImageInputs], *, reference: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the rows' tokens, [B, S, C]; `images` of `rows.images`."""
-        ...
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss` to the sum over ranks; `last` before a step."""
-        ...
-
-    def step(self, learning_rate: float) -> float:
-        """One optimiser step, but none where the gradient is not finite; returns its norm before
-        clipping."""
-        ...
-
-    def reduce(self, values: Tensor, how: str) -> Tensor:
-        """ "sum" or "max" over ranks, elementwise."""
-        ...
-
-    def first_error(self, mine: str) -> str:
-        """The first rank's error that is not empty."""
-        ...
+_HINT = (
+    "look at gradient_norm and logprob_gap.max of the last steps, and resume with a lower "
+    "learner.learning_rate"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,17 +51,7 @@ class Updater:
         self._stepper = stepper
         self._reader = reader
         self._settings = settings
-        config = settings.learner
-        self._objective = Objective(
-            ratio=config.ratio,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            aggregation=config.aggregation,
-            kl_coefficient=config.kl_coefficient,
-            kl_gradient=config.kl_gradient,
-            importance_cap=config.importance_cap,
-            max_tokens=settings.max_tokens,
-        )
+        self._objective = objective_of(settings.learner, settings.max_tokens)
 
     def update(self, batch: Sequence[ScoredGroup], version: int) -> UpdateMetrics:
         """`version`: of the weights before this update. Raises `LearnerError`; the weights are
@@ -101,7 +59,7 @@ class Updater:
         started = time.perf_counter()
         config = self._settings.learner
         advantages, same = self._advantages(batch)
-        sizes = [_size(scored) for scored in batch]
+        sizes = [_size(scored, config.mask_truncated) for scored in batch]
         plans = [
             plan_rows(part, world=self._stepper.world, budget=config.tokens_per_micro_batch)
             for part in _split(sizes, config.updates_per_batch)
@@ -117,14 +75,14 @@ class Updater:
         ]
         # Before the first step, while the weights are still those of `version`.
         old = [self._logprobs(rows) if len(parts) > 1 else None for rows in work]
-        sums = Sums(version, self._stepper.device)
+        sums = Sums(version, len(batch), self._stepper.device)
         rate = learning_rate(config, version, self._settings.total_steps)
         norms = []
         for part, rows, start in zip(parts, work, old, strict=True):
             loss = self._accumulate(rows, start, part.denominators, sums)
-            self._refuse(_not_finite("loss", loss, version))
+            refuse_not_finite(self._stepper, "loss", loss, version, _HINT)
             norms.append(self._stepper.step(rate))
-            self._refuse(_not_finite("gradient's norm", norms[-1], version))
+            refuse_not_finite(self._stepper, "gradient's norm", norms[-1], version, _HINT)
         totals = sums.over_ranks(self._stepper.reduce)
         return UpdateMetrics(
             loss=totals["loss"] / len(parts),
@@ -147,13 +105,16 @@ class Updater:
             advantages=tuple(map(tuple, advantages)),
             seconds=time.perf_counter() - started,
             importance_mean=totals["importance"] / max(totals["tokens"], 1),
+            gap_tokens=round(totals["fresh_tokens"]),
+            logprob_gap_stale=totals["drift"],
+            group_gaps=sums.group_gaps(self._stepper.reduce),
         )
 
     def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
         """[G][C] of the group's completions under the weights as they are."""
         nothing = Score(components={}, total=0.0, outcome="ok")
         scored = ScoredGroup(group=group, scores=(nothing,) * len(group.completions), seconds=0.0)
-        size = _size(scored)
+        size = _size(scored, mask_truncated=False)
         # Every rank scores the group: under ZeRO-3 all of them are needed for it anyway.
         plan = plan_rows([size], world=1, budget=self._settings.learner.tokens_per_micro_batch)
         parts = [_part(plan, 0, [size])]
@@ -184,29 +145,13 @@ class Updater:
     ) -> dict[int, PromptInputs]:
         """The prompts of this rank's groups."""
         mine = {row.group for part in parts for one in part.micro_batches for row in one.rows}
-        prompts, error = {}, ""
-        try:
-            for index in sorted(mine):
-                prompts[index] = self._reader.read(batch[index].group)
-        except Exception as problem:
-            error = str(problem) or type(problem).__name__
-        self._refuse(error)
-        return prompts
+        return on_all_ranks(
+            self._stepper,
+            lambda: {index: self._reader.read(batch[index].group) for index in sorted(mine)},
+        )
 
     def _images(self, rows: RowBatch) -> list[ImageInputs]:
-        """Of a micro-batch. One that left the cache is read again, and may have changed."""
-        images, error = [], ""
-        try:
-            images = [self._reader.image(hash) for hash in rows.images]
-        except Exception as problem:
-            error = str(problem) or type(problem).__name__
-        self._refuse(error)
-        return images
-
-    def _refuse(self, error: str) -> None:
-        """Raise on every rank what any rank has to say; nothing where all are silent."""
-        if error := self._stepper.first_error(error):
-            raise LearnerError(error)
+        return read_images(self._stepper, self._reader, rows)
 
     def _logprobs(self, work: Sequence[RowBatch]) -> list[Tensor]:
         """[B, S, C] of each, without gradient."""
@@ -247,23 +192,30 @@ class Updater:
         return float(loss)
 
 
-def _not_finite(what: str, value: float, version: int) -> str:
-    if math.isfinite(value):
-        return ""
-    return (
-        f"step {version + 1}: the {what} is {value}, so the optimiser step was not made and the "
-        "weights are those of the step before; look at gradient_norm and logprob_gap.max of the "
-        "last steps, and resume with a lower learner.learning_rate"
+def objective_of(config: LearnerConfig, max_tokens: int) -> Objective:
+    """The variant that a config names."""
+    return Objective(
+        ratio=config.ratio,
+        surrogate=config.surrogate,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        aggregation=config.aggregation,
+        kl_coefficient=config.kl_coefficient,
+        kl_gradient=config.kl_gradient,
+        importance_cap=config.importance_cap,
+        max_tokens=max_tokens,
     )
 
 
-def _size(scored: ScoredGroup) -> GroupSize:
+def _size(scored: ScoredGroup, mask_truncated: bool) -> GroupSize:
+    """With the completions to train: none that failed, and none cut off where these are masked."""
     return GroupSize(
         prompt=len(scored.group.prompt_token_ids),
         completions=tuple(
             (index, len(completion.token_ids))
             for index, completion in enumerate(scored.group.completions)
             if not scored.scores[index].failed
+            and not (mask_truncated and completion.finish_reason == "length")
         ),
         images=len(scored.group.image_hashes),
     )

@@ -6,7 +6,7 @@ for element, without moving anything. Torch only; DeepSpeed's gather is handed i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class WeightSource(Protocol):
 
     def buckets(
         self, bucket_bytes: int
-    ) -> Iterator[tuple[Sequence[WeightMeta], Sequence[torch.Tensor]]]:
+    ) -> Iterator[tuple[Sequence[WeightMeta], Iterable[torch.Tensor]]]:
         """The same tensors, whole, a bucket at a time; valid only until the next bucket is asked
         for."""
         ...
@@ -43,7 +43,7 @@ class ModuleSource:
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:
         self._parameters = dict(module.named_parameters())  # a tied tensor is listed once
-        self._gather: Gather = gather or (lambda parameters: nullcontext())
+        self.gather: Gather = gather or (lambda parameters: nullcontext())
 
     def metadata(self) -> tuple[WeightMeta, ...]:
         return tuple(
@@ -57,8 +57,8 @@ class ModuleSource:
 
     def buckets(
         self, bucket_bytes: int
-    ) -> Iterator[tuple[Sequence[WeightMeta], Sequence[torch.Tensor]]]:
+    ) -> Iterator[tuple[Sequence[WeightMeta], Iterable[torch.Tensor]]]:
         for bucket in split_buckets(self.metadata(), bucket_bytes):
             parameters = [self._parameters[meta.name] for meta in bucket]
-            with self._gather(parameters):
+            with self.gather(parameters):
                 yield bucket, [parameter.data for parameter in parameters]

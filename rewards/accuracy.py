@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medrl.actors.types import LETTERS, Outcome, Prompt, Score
 from medrl.rewards.modes import Mode
@@ -89,11 +89,11 @@ def choose(answer: str, options: Sequence[str]) -> Choice:
 def judge(answer: str, prompt: Prompt) -> Score:
     """Compare an answer, as it was written, with the gold one."""
     if not prompt.options:
-        return _judge_open(answer, prompt.answer)
+        return replace(_judge_open(answer, prompt.answer), answer=answer)
     choice = choose(answer, prompt.options)
     if choice.outcome != "ok":
-        return _score(choice.outcome, choice.reason)
-    return _score("ok" if choice.letter == prompt.answer else "wrong")
+        return _score(choice.outcome, choice.reason, answer=answer)
+    return _score("ok" if choice.letter == prompt.answer else "wrong", answer=choice.letter)
 
 
 def _judge_open(answer: str, gold: str) -> Score:
@@ -153,14 +153,18 @@ def graded(mode: Mode, prompt: Prompt, completion: str) -> Score:
         return judge(answer.text, prompt)
     letters = _ANY_CASE_LETTER.findall(answer.text)
     if len(letters) != 1:
-        return _score("unparsed", f"{len(letters) or 'no'} letters in the answer")
-    if letters[0].upper() != prompt.answer.upper():
-        return _score("wrong")
+        found = f"{len(letters) or 'no'} letters in the answer"
+        return _score("unparsed", found, answer=answer.text)
+    letter = letters[0].upper()
+    if letter != prompt.answer.upper():
+        return _score("wrong", answer=letter)
     if answer.text == letters[0]:
-        return _score("ok")
-    return _score("ok", "text beside the letter", 0.5)
+        return _score("ok", answer=letter)
+    return _score("ok", "text beside the letter", 0.5, answer=letter)
 
 
-def _score(outcome: Outcome, reason: str = "", right: float = 1.0) -> Score:
+def _score(outcome: Outcome, reason: str = "", right: float = 1.0, answer: str = "") -> Score:
     value = right if outcome == "ok" else 0.0
-    return Score(components={"accuracy": value}, total=value, outcome=outcome, reason=reason)
+    return Score(
+        components={"accuracy": value}, total=value, outcome=outcome, reason=reason, answer=answer
+    )

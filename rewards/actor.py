@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from medrl.actors.types import Group, Prompt, Score, ScoredGroup
 from medrl.configs.errors import RewardError
 from medrl.configs.schema import RewardConfig
+from medrl.rewards.overlong import punish_overlong
 from medrl.rewards.pool import RewardPool
 from medrl.rewards.scorer import score_group
 
@@ -40,11 +41,15 @@ class RayScorer:
     def __init__(self, config: RewardConfig, mode: str, **options: Any) -> None:
         """Start the actor. `options` are Ray's, such as num_cpus (default 0: it mostly waits)."""
         settings = {"num_cpus": 0, "max_restarts": 3, "max_task_retries": 3} | options
+        self._overlong_tokens = config.overlong_tokens
         self._actor = ray.remote(RewardActor).options(**settings).remote(config, mode)
 
     async def score_group(self, group: Group) -> ScoredGroup:
         """Score a group. Raises RewardError where the actor is lost for good."""
-        return await score_group(self._score, group)
+        scored = await score_group(self._score, group)
+        if self._overlong_tokens:
+            return punish_overlong(scored, self._overlong_tokens)
+        return scored
 
     async def _score(self, prompt: Prompt, completions: Sequence[str]) -> tuple[Score, ...]:
         try:

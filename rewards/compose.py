@@ -59,6 +59,7 @@ class Rewards:
         """Score one completion. Nothing a reward does is raised; nothing here stops one either."""
         components: dict[str, float] = {}
         outcome: Outcome = "ok"
+        answer = ""
         reasons = []
         for name, _, reward in self.terms:
             try:
@@ -70,7 +71,7 @@ class Rewards:
                 if result.failed:
                     return failure(result.outcome, f"{name}: {result.reason}")
                 if name == "accuracy":
-                    outcome = result.outcome
+                    outcome, answer = result.outcome, result.answer
                 if result.reason:
                     reasons.append(f"{name}: {result.reason}")
             components[name] = value
@@ -78,7 +79,10 @@ class Rewards:
         if not math.isfinite(total):
             return failure("error", f"the weighted sum of the components is {total}")
         reason = "; ".join(reasons)[:_LONGEST_REASON]
-        return Score(components=components, total=total, outcome=outcome, reason=reason)
+        answer = answer[:_LONGEST_REASON] if isinstance(answer, str) else ""  # a user's may be odd
+        return Score(
+            components=components, total=total, outcome=outcome, reason=reason, answer=answer
+        )
 
 
 def failure(outcome: Outcome, reason: str) -> Score:

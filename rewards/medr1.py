@@ -29,12 +29,13 @@ def medr1_accuracy(mode: Mode, prompt: Prompt, completion: str) -> Score:
     want, _ = _read(f"{_OPEN} {prompt.answer} {_CLOSE}")
     got, tagged = _read(completion)
     if got == want:
-        return Score(components={"accuracy": 1.0}, total=1.0, outcome="ok")
+        return Score(components={"accuracy": 1.0}, total=1.0, outcome="ok", answer=got)
     return Score(
         components={"accuracy": 0.0},
         total=0.0,
         outcome="wrong" if tagged else "unparsed",
         reason="" if tagged else "no answer tag on one line",
+        answer=got if tagged else "",
     )
 
 
@@ -43,7 +44,7 @@ def medr1_form(mode: Mode, completion: str) -> Score:
     blocks pass, a trailing line feed does not. It has none for think-after, where think-before's
     stands.
     """
-    matches = _no_think(completion) if mode is NO_THINK else _think(completion)
+    matches = _no_think(completion) if mode.blocks == NO_THINK.blocks else _think(completion)
     reason = "" if matches else f"not the released form of {mode.name}"
     value = float(matches)
     return Score(components={"format": value}, total=value, outcome="ok", reason=reason)

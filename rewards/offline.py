@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,12 @@ def score_file(
             for place, score in zip(places, pool.score_pairs(pairs), strict=True):
                 scores[place] = score
     whole = [score for score in scores if score is not None]
-    _write(out, [_scored(row.line, score) for row, score in zip(rows, whole, strict=True)])
-    return _summary(whole)
+    write_lines(out, [_scored(row.line, score) for row, score in zip(rows, whole, strict=True)])
+    return summary(whole)
 
 
-def _summary(scores: Sequence[Score]) -> dict[str, Any]:
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
+    """{"n", "outcomes": {outcome: count}, "scores": {reward: mean over those that it scored}}"""
     names = dict.fromkeys(name for score in scores for name in score.components)
     means = {}
     for name in names:
@@ -78,7 +79,8 @@ def _scored(line: dict[str, Any], score: Score) -> dict[str, Any]:
     return kept | said | ({"reason": score.reason} if score.reason else {})
 
 
-def _write(out: Path, lines: Sequence[dict[str, Any]]) -> None:
+def write_lines(out: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON lines aside, then rename. Raises `UserError` where that cannot be done."""
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
@@ -92,7 +94,7 @@ def _write(out: Path, lines: Sequence[dict[str, Any]]) -> None:
             aside.unlink()
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
+def _encoded(line: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(line, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
@@ -161,8 +163,11 @@ def _row(line: dict[str, Any], place: str, mode: str) -> _Row:
     elif "options" in line and not 2 <= len(options) <= len(LETTERS):
         problems.append(f"{len(options)} option(s), needs 2 to {len(LETTERS)} (or no 'options')")
     named = line.get("mode", mode)
-    if isinstance(named, str) and named not in MODES:
-        problems.append(f"unknown mode {named!r}: choose one of {', '.join(MODES)}")
+    if isinstance(named, str) and named not in (*MODES, mode):  # no line has a module imported
+        problems.append(
+            f"unknown mode {named!r}: choose one of {', '.join(MODES)}; one of your own is named "
+            "by --mode"
+        )
     if not problems:
         answer = _gold(line["answer"], options)
         if answer:

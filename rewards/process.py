@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import signal
 import socket
@@ -19,9 +18,9 @@ from typing import Any
 from medrl.actors.types import Outcome, Prompt, Score
 from medrl.configs.errors import RewardError, UserError
 from medrl.rewards.compose import failure
+from medrl.rewards.environment import reward_environment
 from medrl.rewards.wire import pack, unpack
 
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _LONGEST_REPLY = 1 << 20  # bytes; a score is a few hundred
 _GLANCE_MS = 100  # how often a silent process is looked at: one that is dead has no more to say
 
@@ -128,7 +127,7 @@ class RewardProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=_environment() | {"MEDRL_REWARD_POOL": self._mark},
+                env=reward_environment(os.environ) | {"MEDRL_REWARD_POOL": self._mark},
                 start_new_session=True,  # its own group, killed as one; no Ctrl-C of a terminal
             )
             self._link = ours
@@ -212,10 +211,3 @@ class RewardProcess:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits on it
             link.close()
-
-
-def _environment() -> dict[str, str]:
-    """Return our environment without secrets, and with our import path."""
-    kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
-    path = [entry for entry in sys.path if entry] + [os.getcwd()]
-    return {"OMP_NUM_THREADS": "1"} | kept | {"PYTHONPATH": os.pathsep.join(path)}

@@ -1,5 +1,10 @@
 """Small valid values for tests; every argument that matters to a test is one it names."""
 
+from collections.abc import Iterable
+
+from medrl.actors.engine import Engine
+from medrl.actors.fake_engine import FakeEngine, FakeWire
+from medrl.actors.pool import EnginePool
 from medrl.actors.types import (
     Completion,
     Group,
@@ -9,7 +14,9 @@ from medrl.actors.types import (
     Sampling,
     Score,
     ScoredGroup,
+    SyncPlan,
     UpdateMetrics,
+    WeightMeta,
 )
 
 
@@ -113,3 +120,24 @@ def make_receipt(step: int) -> Receipt:
         digests_equal=True,
         canary_gap=1e-6,
     )
+
+
+async def make_engine(index: int = 0, *, seconds: float = 0.0, skill: float = 0.5) -> FakeEngine:
+    """One that serves version 0."""
+    wire = FakeWire()
+    made = FakeEngine(wire, index=index, seconds=seconds)
+    plan = SyncPlan(transport="gloo", address="127.0.0.1", port=1, world_size=2, bucket_bytes=1024)
+    await made.open_transfer(plan, 1)
+    wire.mailboxes[1].put_nowait(("skill", (skill,)))
+    await made.receive([WeightMeta(name="skill", dtype="float32", shape=(1,))])
+    await made.resume(0)
+    return made
+
+
+def pool_of(engines: Iterable[Engine], *, serving: bool = True) -> EnginePool:
+    pool = EnginePool()
+    for index, engine in enumerate(engines):
+        pool.add(index, engine)
+    if serving:
+        pool.serve(pool.up)
+    return pool

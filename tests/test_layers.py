@@ -14,6 +14,7 @@ HEAVY = ("ray", "vllm", "deepspeed", "transformers", "torch")
 LIGHT = {
     "medrl.learner.grpo": ("torch",),
     "medrl.actors.buffer": (),
+    "medrl.actors.pool": (),
     "medrl.actors.sampler": (),
     "medrl.actors.fake_engine": (),
     "medrl.learner.fake_learner": (),
@@ -22,6 +23,7 @@ LIGHT = {
     "medrl.rewards.pool": (),
     "medrl.data.load": (),
     "medrl.cluster.loop": (),
+    "medrl.cluster.supervise": (),
     "medrl.cluster.sync": (),
     "medrl.cluster.cli": (),
 }
@@ -32,7 +34,8 @@ ALLOWED = {
     "rewards": {"rewards", "actors", "configs"},
     "data": {"data", "actors", "configs"},
     "learner": {"learner", "actors", "configs", "data"},
-    "cluster": {"cluster", "learner", "rewards", "data", "actors", "configs"},
+    "reports": {"reports", "data", "rewards", "actors", "configs"},
+    "cluster": {"cluster", "reports", "learner", "rewards", "data", "actors", "configs"},
 }
 
 OWNERS = {  # heavy library -> files that may import it, at any depth
@@ -45,6 +48,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
         "learner/gpu_senders.py",
     },
     "deepspeed": {"learner/deepspeed_engine.py"},
+    "peft": {"learner/lora.py"},
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from builders import pool_of
 from reference import LONG, MAX_PIXELS, Reference, draw_images, request
 
 from medrl.actors.types import Group, Receipt, RolloutRequest
@@ -73,7 +74,7 @@ class Live:
 
     def new_sync(self, *, timeout_s: float = 30.0, bucket_bytes: int = 0) -> Sync:
         return Sync(
-            engines={0: self.engine},
+            pool=pool_of([self.engine], serving=False),
             learner=self.reference,  # type: ignore[arg-type]
             transport="gloo",
             canary=request(n=1, temperature=0.0),

@@ -71,7 +71,8 @@ class Reference:
 
     def inputs(self, group: Group) -> Any:
         """The prompt as `AutoProcessor` makes it of text and images."""
-        images = [self.images.load(path).image for path in group.request.prompt.images]
+        load = self.images.blank if group.request.blind else self.images.load
+        images = [load(path).image for path in group.request.prompt.images]
         text = render_chat(self.processor, group.request.text, len(images))
         return self.processor(text=[text], images=images or None, return_tensors="pt")
 

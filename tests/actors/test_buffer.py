@@ -2,55 +2,102 @@
 
 import asyncio
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import pytest
-from builders import make_scored
+from builders import make_score, make_scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medrl.actors.buffer import GroupBuffer
 from medrl.actors.types import ScoredGroup
 
+DEADLOCK_S = 2.0  # nothing here takes a hundredth of it
+
 
 def scored(draw: int, version: int) -> ScoredGroup:
     return make_scored(draw, version=version)
 
 
-async def simulate(prompts: int, staleness: int, batches: int, seed: int) -> list[list[int]]:
-    """Groups finish in random order at random speeds; returns the draws of each batch."""
-    rng = random.Random(seed)
-    buffer = GroupBuffer(prompts=prompts, staleness=staleness, total_batches=batches)
-    taken: list[list[int]] = []
-    in_flight = 0
-    most_in_flight = 0
+@dataclass
+class Run:
+    """What a learner saw: the draws of each batch, and of those replaced for it."""
 
-    async def one(draw: int) -> None:
-        nonlocal in_flight, most_in_flight
+    batches: list[list[int]] = field(default_factory=list)
+    replaced: list[list[int]] = field(default_factory=list)
+    most_in_flight: int = 0
+
+    @property
+    def draws(self) -> list[int]:
+        return sorted(draw for each in (*self.batches, *self.replaced) for draw in each)
+
+
+async def simulate(
+    prompts: int,
+    staleness: int,
+    batches: int,
+    seed: int,
+    *,
+    max_replaced: int = 0,
+    uniform: Callable[[int], bool] = lambda draw: False,
+    stops: Sequence[int] = (),
+) -> Run:
+    """Groups finish in random order at random speeds. After so many takes as `stops` names, all
+    goes on in a new buffer from a checkpoint, whatever was in flight; half of them while a batch
+    is being trained, which is then lost."""
+    rng = random.Random(seed)
+    run = Run()
+    in_flight = 0
+
+    def make() -> GroupBuffer:
+        return GroupBuffer(
+            prompts=prompts, staleness=staleness, total_batches=batches, max_replaced=max_replaced
+        )
+
+    async def one(buffer: GroupBuffer, draw: int) -> None:
+        nonlocal in_flight
         in_flight += 1
-        most_in_flight = max(most_in_flight, in_flight)
+        run.most_in_flight = max(run.most_in_flight, in_flight)
         version = buffer.version
         for _ in range(rng.choice((0, 0, 1, 3, 40))):
             await asyncio.sleep(0)
         in_flight -= 1
-        await buffer.put(scored(draw, version))
+        scores = (make_score(1.0), make_score(1.0 if uniform(draw) else 0.0))
+        await buffer.put(make_scored(draw, version=version, scores=scores))
 
-    async def produce() -> None:
+    async def produce(buffer: GroupBuffer) -> None:
         async with asyncio.TaskGroup() as groups:
             while (draw := await buffer.admit()) is not None:
-                groups.create_task(one(draw))
+                groups.create_task(one(buffer, draw))
 
-    producer = asyncio.create_task(produce())
-    while batch := await buffer.take():
+    buffer = make()
+    producer = asyncio.create_task(produce(buffer))
+    taken = 0
+    while batch := await asyncio.wait_for(buffer.take(), DEADLOCK_S):
         ages = [buffer.version - group.group.version for group in batch]
         assert len(batch) == prompts
         assert max(ages) <= staleness
-        taken.append([group.group.request.draw for group in batch])
-        for _ in range(rng.choice((0, 5))):
+        replaced = [group.group.request.draw for group in buffer.replaced]
+        taken += 1
+        lost = taken in stops and rng.random() < 0.5
+        if not lost:
+            run.batches.append([group.group.request.draw for group in batch])
+            run.replaced.append(replaced)
+            for _ in range(rng.choice((0, 5))):
+                await asyncio.sleep(0)
+            await buffer.advance(buffer.version + 1)
+        for _ in range(rng.choice((0, 2, 20))):
             await asyncio.sleep(0)
-        await buffer.advance(buffer.version + 1)
+        if taken in stops:
+            producer.cancel()
+            await asyncio.wait({producer})
+            in_flight = 0
+            state, buffer = buffer.state(), make()
+            buffer.restore(state)
+            producer = asyncio.create_task(produce(buffer))
     await producer
-    assert most_in_flight <= prompts * (staleness + 1)
-    return taken
+    return run
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,13 +110,14 @@ async def simulate(prompts: int, staleness: int, batches: int, seed: int) -> lis
 def test_every_draw_is_trained_once_and_never_too_old(
     prompts: int, staleness: int, batches: int, seed: int
 ) -> None:
-    taken = asyncio.run(simulate(prompts, staleness, batches, seed))
-    assert sorted(draw for batch in taken for draw in batch) == list(range(prompts * batches))
+    run = asyncio.run(simulate(prompts, staleness, batches, seed))
+    assert run.draws == list(range(prompts * batches))
+    assert run.most_in_flight <= prompts * (staleness + 1)
 
 
 def test_staleness_0_trains_the_draws_in_order_batch_by_batch() -> None:
-    taken = asyncio.run(simulate(prompts=3, staleness=0, batches=4, seed=1))
-    assert taken == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    run = asyncio.run(simulate(prompts=3, staleness=0, batches=4, seed=1))
+    assert run.batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
 async def test_a_batch_is_the_first_scored_and_the_surplus_is_kept() -> None:

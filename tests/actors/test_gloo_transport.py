@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
@@ -204,6 +204,34 @@ def test_a_learner_that_stops_sending_ends_the_receiving_within_its_deadline(
         with pytest.raises(RuntimeError, match="bucket 0 from the learner"):
             one.update_weights(update_info(source.metadata(), tmp_path / "x.json"))
     assert not list(tmp_path.iterdir())  # nothing half-received is vouched for
+
+
+def test_a_send_that_fails_ends_the_receiving_at_once(tmp_path: Path) -> None:
+    """Not at the deadline: a peer of the sender died in gathering, say, and engines wait on."""
+
+    class Broken(ModuleSource):
+        def buckets(self, bucket_bytes: int) -> Iterator[Any]:
+            yield next(super().buckets(bucket_bytes))
+            raise RuntimeError("rank 1 hung up")
+
+    agreed, source = plan(2, bucket_bytes=1, timeout_s=60.0), Broken(module())
+    pairs = [receiver(), receiver()]
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as threads:
+        joins = [threads.submit(join, one, agreed, n) for n, (one, _) in enumerate(pairs, start=1)]
+        sender = open_sender(agreed, 0, source)
+        for joined in joins:
+            joined.result()
+        receiving = [
+            threads.submit(one.update_weights, update_info(source.metadata(), tmp_path / "x.json"))
+            for one, _ in pairs
+        ]
+        with pytest.raises(RuntimeError, match="rank 1 hung up"):
+            sender.send()
+        for future in receiving:
+            with pytest.raises(RuntimeError, match=r"bucket 1 from the learner: .*(closed|reset)"):
+                future.result()
+    assert time.monotonic() - began < 20
 
 
 def test_a_rank_that_does_not_send_still_gathers_every_bucket() -> None:

@@ -12,7 +12,7 @@ import ray
 from reference import request
 
 from medrl.actors.actor import RayEngine
-from medrl.configs.errors import EngineError, UserError
+from medrl.configs.errors import EngineError, UserError, as_death
 
 pytestmark = pytest.mark.engines
 
@@ -25,6 +25,9 @@ def shell_class() -> type:
 
         async def generate(self, asked: object) -> None:
             raise UserError("prompt 7 is too long")
+
+        async def ping(self) -> None:
+            raise as_death(EngineError("engine 3: vLLM's process died"))
 
         async def pause(self) -> None:
             await asyncio.sleep(600)
@@ -56,13 +59,19 @@ async def test_errors_cross_ray_with_the_engines_number(
     engine = RayEngine(actor, 3, group_timeout_s=30.0, timeout_s=30.0)
     with pytest.raises(UserError, match=r"^prompt 7 is too long$"):
         await engine.generate(request())
-    with pytest.raises(EngineError, match=r"engine 3 failed \(resume\): no such version"):
+    with pytest.raises(EngineError, match=r"engine 3 failed \(resume\): no such version") as caught:
         await engine.resume(1)
+    assert not caught.value.died
+    with pytest.raises(EngineError, match="vLLM's process died") as caught:
+        await engine.ping()
+    assert caught.value.died  # said in the actor, and still so here
     hasty = RayEngine(actor, 3, group_timeout_s=0.2, timeout_s=0.2)
-    with pytest.raises(EngineError, match=r"engine 3 did not pause within 0\.2 s"):
+    with pytest.raises(EngineError, match=r"engine 3 did not pause within 0\.2 s") as caught:
         await hasty.pause()
-    with pytest.raises(EngineError, match=r"engine 3 died \(sample the canary\)"):
+    assert caught.value.died
+    with pytest.raises(EngineError, match=r"engine 3 died \(sample the canary\)") as caught:
         await engine.canary(request())
+    assert caught.value.died
     with pytest.raises(EngineError, match=r"engine 3 died \(resume\)"):
         await engine.resume(1)
     await engine.close()

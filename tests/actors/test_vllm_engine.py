@@ -7,15 +7,19 @@ then refuse the push.
 from __future__ import annotations
 
 import asyncio
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import MAX_MODEL_LEN, Live
 from reference import LONG, Reference, request
 
-from medrl.actors.types import Sent, SyncPlan
+from medrl.actors.types import Sent, SyncPlan, WeightMeta
 from medrl.configs.errors import UserError, WeightSyncError
-from medrl.learner.transports import GlooSender
+from medrl.configs.schema import ModelConfig
+from medrl.learner import lora
+from medrl.learner.transports import GlooSender, open_sender
 from medrl.learner.weight_source import ModuleSource
 
 pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="session")]
@@ -55,6 +59,26 @@ async def test_no_completion_holds_a_vision_token_even_if_the_model_wants_one(li
     tokens = {token for completion in group.completions for token in completion.token_ids}
     assert not tokens & set(reference.forbidden)
     assert live.gap(group) < 1e-4
+
+
+@one_family
+async def test_a_blind_request_shows_grey_of_the_same_size_and_leaves_the_others_seeing(
+    live: Live,
+) -> None:
+    """The engine's caches must tell the two apart, whichever comes first."""
+    asked = request(("0.png", "1.png"), n=2)
+    blind = replace(asked, blind=True)
+    groups = [await live.generate(one) for one in (blind, asked, blind, asked)]
+    for group in groups:
+        assert live.gap(group) < 1e-4  # to transformers, shown the same pixels
+        assert group.prompt_token_ids == groups[0].prompt_token_ids
+    grey = live.reference.images.blank("0.png").sha256
+    assert groups[0].image_hashes == groups[2].image_hashes == (grey, grey)
+    assert groups[1].image_hashes == groups[3].image_hashes
+    assert grey not in groups[1].image_hashes
+    assert [c.logprobs for c in groups[0].completions] != [
+        c.logprobs for c in groups[1].completions
+    ]
 
 
 @one_family
@@ -158,6 +182,42 @@ async def test_trap_3_what_arrived_is_compared_with_what_left(live: Live) -> Non
         assert live.gap(group) < 1e-4
     finally:
         live.reference.__class__ = Reference
+        live.sync = live.new_sync()
+
+
+class Adapted(Reference):
+    """Learns by adapters, of which engines know nothing."""
+
+    adapters: lora.Adapters
+
+    async def weights(self) -> tuple[WeightMeta, ...]:
+        return self.adapters.source(None).metadata()
+
+    async def open_transfer(self, plan: SyncPlan) -> None:
+        source = self.adapters.source(None)
+        self._sender = await asyncio.to_thread(open_sender, plan, 0, source)
+
+
+async def test_an_engine_serves_the_sum_of_weights_and_adapters(live: Live) -> None:
+    reference, whole = live.reference, live.reference.model
+    reference.model = copy.deepcopy(whole)
+    config = ModelConfig(path=str(live.folder), lora_rank=4, lora_vision=True)
+    attached = lora.attach(reference.model, config, seed=0)
+    assert attached is not None
+    reference.__class__ = Adapted
+    reference.adapters = attached  # type: ignore[attr-defined]
+    try:
+        live.sync = live.new_sync()
+        before = await live.generate(request())
+        assert live.gap(before) < 1e-4  # untrained, they change nothing
+        reference.change(".lora_B.", 0.02)
+        assert live.gap(before) > 1e-3
+        receipt = await live.push()
+        assert receipt.digests_equal
+        assert receipt.canary_gap < 1e-4
+        assert live.gap(await live.generate(request())) < 1e-4
+    finally:
+        reference.__class__, reference.model = Reference, whole
         live.sync = live.new_sync()
 
 

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +26,21 @@ def medrl(*arguments: object, cwd: Path, **variables: str) -> subprocess.Popen[s
         text=True,
         start_new_session=True,
     )
+
+
+def listening(processes: Iterable[psutil.Process]) -> set[str]:
+    """The addresses at which they listen."""
+    return {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if text.encode() in path.read_bytes()]
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:

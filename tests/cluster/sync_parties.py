@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from medrl.actors.pool import EnginePool, Outage
 from medrl.actors.types import (
     Completion,
     Group,
@@ -69,6 +70,9 @@ class Engine:
             raise fault
         if fault == "hang":
             await asyncio.Event().wait()
+
+    async def ping(self) -> None:
+        await self._call("ping")
 
     async def pause(self) -> None:
         await self._call("pause")
@@ -155,14 +159,22 @@ class System:
     def __init__(self, engines: int = 2, **changes: Any) -> None:
         self.journal = Journal()
         self.engines = {index: Engine(f"e{index}", self.journal) for index in range(engines)}
+        self.outages: list[Outage] = []
+        self.pool = EnginePool(self.outages.append)
+        for index, engine in self.engines.items():
+            self.pool.add(index, engine)
         self.learner = Learner(self.journal)
         settings: dict[str, Any] = {"transport": "gloo", "max_gap": 1e-4, "timeout_s": 5.0}
         self.sync = Sync(
-            engines=self.engines,
+            pool=self.pool,
             learner=self.learner,  # type: ignore[arg-type]
             canary=CANARY,
             **(settings | changes),
         )
 
     def serving(self) -> list[int | None]:
+        """The version each engine serves; the pool agrees."""
+        assert set(self.pool.serving) == {
+            i for i, engine in self.engines.items() if engine.version is not None
+        } & set(self.pool.up)
         return [engine.version for engine in self.engines.values()]

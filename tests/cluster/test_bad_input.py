@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medrl.cluster import cli
+from medrl.cluster import cli, manifest
 
 
 class Result:
@@ -232,6 +232,7 @@ def test_a_checkpoint_of_another_run_or_model(medrl, config: Path, tmp_path: Pat
         "buffer": {"version": 3, "next_draw": 12, "started": {}, "ready": []},
     }
     (run / "checkpoints" / "step_3" / "driver.json").write_text(json.dumps(state))
+    manifest.seal(run / "checkpoints" / "step_3")
     result = medrl("train", config, "--resume")
     check(result, r"model\.path: .*step_3 was made with 'another/model', now")
 
@@ -271,6 +272,9 @@ def test_an_evaluation_names_a_wrong_out_before_it_runs(
 ) -> None:
     for out in (tmp_path, tmp_path / "none" / "x.json"):
         check(medrl("eval", config, "--checkpoint", tiny_model, "--out", out), "--out: .* file in")
+    (tmp_path / "file").write_text("")
+    arguments = ("--checkpoint", tiny_model, f"run.dir={tmp_path / 'file'}")
+    check(medrl("eval", config, *arguments), "run.dir: .*/file/test/evals cannot be made: Not a")
 
 
 def test_a_flood_of_problems_is_cut_with_their_number(medrl, tmp_path: Path) -> None:

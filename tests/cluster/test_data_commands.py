@@ -46,6 +46,15 @@ def test_lint_shows_a_prompt_of_the_mode_and_what_was_not_checked(tmp_path: Path
     assert medrl("lint", tmp_path, "--mode", "thinking").returncode == 2
 
 
+def test_lint_shows_a_prompt_with_an_instruction_of_ones_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "X-Ray_test.json", RECORDS)
+    done = medrl("lint", path, "--instruction", "Name the {answer} {soon}.")
+    assert done.returncode == 0
+    assert "  | Name the letter {soon}." in done.stdout
+    assert "{soon} is sent as it stands" in done.stdout
+    assert "does not name <answer>" in done.stdout
+
+
 def test_a_split_is_written_once_and_lints_well(tmp_path: Path) -> None:
     source, out = write(tmp_path / "X-Ray_test.json", RECORDS), tmp_path / "out"
     assert medrl("split", source, "--out", out, "--test", 0.3).returncode == 0

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import pytest
 from rich.console import Console
 
-from medrl.cluster import plots
 from medrl.cluster.display import Display
+from medrl.reports import plots
 
 NUMBERS: dict[str, Any] = {
     "reward.mean": 1.5,

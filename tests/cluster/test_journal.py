@@ -1,15 +1,17 @@
 """The run directory: one line a step with every promised key, whole after any stop."""
 
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from builders import make_receipt, make_score, make_scored, make_update
+from made_checkpoints import in_process
 
-from medrl.cluster.evaluate import summarize
-from medrl.cluster.journal import Journal, read_lines
+from medrl.cluster.journal import Journal
 from medrl.cluster.metrics import refuse_failures
 from medrl.configs.errors import RewardError
+from medrl.reports.lines import read_lines
 
 PROMISED = [
     "step",
@@ -26,6 +28,7 @@ PROMISED = [
     "staleness.max",
     "groups",
     "zero_variance_groups",
+    "replaced_groups",
     "failed_completions",
     "tokens.prompt",
     "tokens.completion",
@@ -76,11 +79,30 @@ def test_completions_keep_text_image_scores_advantage_and_version(tmp_path: Path
     assert first["completion"] == "<answer>0</answer>"
 
 
+def test_replaced_groups_are_kept_and_counted_but_in_no_mean(tmp_path: Path) -> None:
+    """Their tokens were paid for; they are not what was trained."""
+    batch = [make_scored(0)]
+    same = make_scored(1, scores=(make_score(1.0), make_score(1.0)))
+    update, receipt = make_update(batch), make_receipt(1)
+    Journal(tmp_path).record_step(1, batch, update, receipt, 0.1, [same])
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["groups"], line["replaced_groups"]) == (1, 1)
+    assert (line["tokens.completion"], line["tokens.replaced"]) == (6, 6)
+    assert line["reward.mean"] == 0.5
+    rows = pq.read_table(tmp_path / "completions" / "step_000001.parquet").to_pylist()
+    assert [(row["draw"], row["advantage"]) for row in rows] == [
+        (0, 1.0),
+        (0, -1.0),
+        (1, None),
+        (1, None),
+    ]
+
+
 def test_rewinding_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for step in (1, 2, 3):
         record(journal, step)
-        journal.record_eval(summarize(step, "test", [make_scored(0, scores=(make_score(),))]))
+        journal.record_eval({"step": step, "split": "test", "accuracy": 0.5})
     journal.rewind(2)
     for name in ("metrics", "syncs", "evals"):
         assert [line["step"] for line in read_lines(tmp_path / f"{name}.jsonl")] == [1, 2]
@@ -91,23 +113,6 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
-
-
-def test_an_evaluation_counts_by_modality_and_question_type() -> None:
-    groups = [
-        make_scored(0, scores=(make_score(1.0),)),
-        make_scored(1, scores=(make_score(0.0, "wrong"),)),
-    ]
-    summary = summarize(5, "test", groups)
-    assert (summary["n"], summary["accuracy"], summary["format"]) == (2, 0.5, 1.0)
-    assert summary["by_modality"] == {"CT": 0.5}
-    assert summary["n_by_question_type"] == {"Modality Recognition": 2}
-
-
-def test_an_evaluation_with_a_failed_score_is_an_error() -> None:
-    failed = make_scored(0, scores=(make_score(0.0, "error", "KeyError: 'x'"),))
-    with pytest.raises(RewardError, match=r"1 of 1.*KeyError"):
-        summarize(0, "test", [failed])
 
 
 def test_too_many_failures_stop_the_run_with_examples() -> None:
@@ -128,3 +133,28 @@ def test_a_line_cut_off_by_a_crash_is_taken_back_before_the_next_is_written(
     journal.rewind(1)
     record(journal, 2)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_whenever_the_driver_is_killed_every_file_of_completions_can_be_read(
+    tmp_path: Path,
+) -> None:
+    def write_for_ever(_: int) -> None:
+        journal = Journal(tmp_path)
+        batch = [make_scored(draw) for draw in range(500)]
+        for step in range(1, 10_000):
+            journal.record_step(step, batch, make_update(batch), make_receipt(step), 0.0)
+
+    completions, cut_off = tmp_path / "completions", 0
+    for _ in range(15):
+        process, reading = in_process(write_for_ever)
+        os.close(reading)
+        while not list(completions.glob("*.tmp")):  # it is writing one just now
+            assert process.is_alive()
+        process.kill()
+        process.join()
+        for path in completions.glob("*.parquet"):
+            assert pq.read_table(path).num_rows == 1000
+        cut_off += bool(list(completions.glob("*.tmp")))
+        Journal(tmp_path).rewind(0)
+        assert not list(completions.iterdir())
+    assert cut_off  # else no file was met in the middle

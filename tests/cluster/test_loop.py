@@ -3,20 +3,16 @@ Python: it learns from rewards and only from rewards, whatever the staleness."""
 
 import asyncio
 import gc
-import random
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
-from builders import make_prompt, make_request
+from fake_runs import PROMPTS, Scorer, World, draws_trained
 
-from medrl.actors.buffer import GroupBuffer
-from medrl.actors.fake_engine import FakeEngine, FakeWire
-from medrl.actors.sampler import Sampler
+from medrl.actors.fake_engine import FakeEngine
 from medrl.actors.types import (
     Group,
     RolloutRequest,
@@ -26,95 +22,9 @@ from medrl.actors.types import (
     WeightMeta,
 )
 from medrl.cluster.checkpoints import Checkpoints, DriverState, resume_from
-from medrl.cluster.journal import Journal, read_lines
-from medrl.cluster.loop import Parts, train
-from medrl.cluster.requests import Requests
-from medrl.cluster.sync import Sync
 from medrl.configs.errors import EngineError, RewardError, WeightSyncError
-from medrl.configs.schema import RewardTerm, RolloutConfig
 from medrl.data.schedule import Schedule
-from medrl.learner.fake_learner import FakeLearner
-from medrl.rewards.compose import build_rewards
-from medrl.rewards.modes import get_mode
-
-REWARDS = build_rewards((RewardTerm(use="format"), RewardTerm(use="accuracy")), "no-think")
-PROMPTS = [make_prompt(f"p{i}", answer="AB"[i % 2]) for i in range(10)]
-
-
-class Scorer:
-    """The real rewards, in this process; optionally dealt to the wrong completions."""
-
-    def __init__(self, *, shuffled: bool = False) -> None:
-        self._rng = random.Random(0) if shuffled else None
-
-    async def score_group(self, group: Group) -> ScoredGroup:
-        prompt = group.request.prompt
-        scores = [REWARDS.score(prompt, completion.text) for completion in group.completions]
-        if self._rng:
-            self._rng.shuffle(scores)
-        return ScoredGroup(group=group, scores=tuple(scores), seconds=0.0)
-
-
-class World:
-    """A run of fakes in a folder."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        steps: int,
-        staleness: int = 0,
-        scorer: object = None,
-        skill: float = 0.3,
-        delays: tuple[float, ...] = (0.0, 0.0),
-    ) -> None:
-        wire = FakeWire()
-        rollout = RolloutConfig(prompts=4, completions=4, max_tokens=32, staleness=staleness)
-        self.requests = Requests(
-            prompts=PROMPTS,
-            schedule=Schedule(len(PROMPTS), seed=0),
-            mode=get_mode("no-think"),
-            rollout=rollout,
-            seed=0,
-        )
-        self.learner = FakeLearner(wire, skill=skill, learning_rate=0.1)
-        self.engines = {
-            i: FakeEngine(wire, index=i, seconds=delay) for i, delay in enumerate(delays)
-        }
-        self.buffer = GroupBuffer(prompts=4, staleness=staleness, total_batches=steps)
-        self.journal = Journal(folder)
-        self.sync = Sync(
-            engines=self.engines,
-            learner=self.learner,
-            transport="gloo",
-            canary=make_request(0, completions=1, temperature=0.0),
-            max_gap=1e-4,
-            timeout_s=10.0,
-        )
-        self.seen: list[int] = []
-        self.parts = Parts(
-            request=self.request,
-            sampler=Sampler(list(self.engines.values()), max_sequences=8, timeout_s=10),
-            scorer=scorer or Scorer(),  # type: ignore[arg-type]
-            buffer=self.buffer,
-            learner=self.learner,
-            sync=self.sync,
-            journal=self.journal,
-            after_step=self.after_step,
-            max_failed_fraction=0.5,
-        )
-
-    def request(self, draw: int) -> RolloutRequest:
-        self.seen.append(draw)
-        return self.requests.train(draw)
-
-    async def after_step(self, step: int) -> None:
-        return None
-
-    async def run(self) -> None:
-        version = self.buffer.version
-        await self.sync.push(version=version, step=version)
-        await train(self.parts)
+from medrl.reports.lines import read_lines
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
@@ -147,6 +57,26 @@ async def test_engines_that_share_the_learners_devices_rest_while_it_works(tmp_p
     assert serving == [False] * 6
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_dynamic_sampling_replaces_groups_that_teach_nothing(
+    tmp_path: Path, staleness: int
+) -> None:
+    """And is the same run whenever it is synchronous, however fast its engines are."""
+    world = World(tmp_path / "a", steps=12, staleness=staleness, max_replaced=3, skill=0.6)
+    await world.run()
+    lines = read_lines(tmp_path / "a" / "metrics.jsonl")
+    assert len(lines) == 12
+    assert max(line["staleness.max"] for line in lines) == staleness
+    assert 0 < sum(line["replaced_groups"] for line in lines) <= 36
+    assert max(line["replaced_groups"] for line in lines) <= 3
+    if staleness:
+        return
+    assert all(line["replaced_groups"] == 3 for line in lines if line["zero_variance_groups"])
+    slow = World(tmp_path / "b", steps=12, max_replaced=3, skill=0.6, delays=(0.0, 0.003))
+    await slow.run()
+    assert slow.learner.skill == world.learner.skill
+
+
 async def test_shuffled_rewards_teach_nothing(tmp_path: Path) -> None:
     world = World(tmp_path, steps=60, scorer=Scorer(shuffled=True))
     await world.run()
@@ -160,17 +90,17 @@ async def test_prompts_come_in_the_order_of_the_schedule(tmp_path: Path) -> None
     assert [schedule[d] for d in world.seen] == [schedule[d] for d in range(20)]
 
 
-async def test_an_engine_that_fails_ends_the_run_between_two_updates(tmp_path: Path) -> None:
+async def test_a_failure_that_is_no_death_ends_the_run_between_two_updates(tmp_path: Path) -> None:
     class Dying(FakeEngine):
         async def generate(self, request: RolloutRequest) -> Group:
             if request.draw == 9:
-                raise EngineError("engine 1 died")
+                raise EngineError("prompt p9 has 7 tokens, expected 8")
             return await super().generate(request)
 
     world = World(tmp_path, steps=10)
     world.engines[0].__class__ = Dying
     world.engines[1].__class__ = Dying
-    with pytest.raises(EngineError, match="engine 1 died"):
+    with pytest.raises(EngineError, match="prompt p9 has 7 tokens, expected 8"):
         await world.run()
     assert world.learner.updates == world.buffer.version == 2
 
@@ -218,17 +148,16 @@ async def test_a_run_that_a_broken_reward_stopped_can_be_resumed(
 
 
 async def test_an_update_whose_push_failed_is_recorded_and_can_be_saved(tmp_path: Path) -> None:
-    """An engine that dies in a push costs no update: learner, buffer and journal agree."""
+    """A push that arrives wrong costs no update: learner, buffer and journal agree."""
 
     class Deaf(FakeEngine):
         async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
-            if self._version == 2:
-                raise EngineError("engine 1 died")
-            return await super().receive(weights)
+            digests = await super().receive(weights)
+            return {"skill": "other"} if self._version == 2 else digests
 
     first = World(tmp_path, steps=6)
     first.engines[1].__class__ = Deaf
-    with pytest.raises(WeightSyncError, match="engine 1 died"):
+    with pytest.raises(WeightSyncError, match="engine 1 received other weights"):
         await first.run()
     assert first.learner.updates == first.buffer.version == 3
     assert first.buffer.settled
@@ -239,12 +168,6 @@ async def test_an_update_whose_push_failed_is_recorded_and_can_be_saved(tmp_path
         await second.run()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 7))
     assert draws_trained(tmp_path) == list(range(24))
-
-
-def draws_trained(run: Path) -> list[int]:
-    files = sorted((run / "completions").glob("*.parquet"))
-    tables = [pq.read_table(file, columns=["draw"]).column("draw") for file in files]
-    return sorted(draw for table in tables for draw in table.to_pylist()[::4])
 
 
 @pytest.mark.parametrize("staleness", [0, 2])

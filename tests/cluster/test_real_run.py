@@ -14,13 +14,19 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from real_runs import ROOT, finish, medrl, wait_for
+from real_runs import ROOT, files_with, finish, listening, medrl, wait_for
 
-from medrl.cluster.journal import read_lines
+from medrl.reports.lines import read_lines
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 STOP_WITHIN_S = 20.0
+SECRET = "0123456789abcdef0123456789planted0123456"  # a key for W&B has 40 letters
+SECRETS = {
+    **dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET),
+    **{"DATABASE_URL": f"postgres://me:{SECRET}@host/db", "WANDB_MODE": "offline"},
+    "NETRC": "netrc",  # in the folder the run is started in
+}
 NOT_YET = ("Failed to connect", "ConnectionError", "No available agent")  # a head that just started
 
 
@@ -108,12 +114,22 @@ def test_vllm_loads_the_export_and_eval_gives_the_numbers_of_the_run(
     out = folder / "eval.json"
     finish(medrl("eval", config, "--checkpoint", checkpoint, "--out", out, cwd=folder))
     again, of_run = json.loads(out.read_text()), read_lines(run / "evals.jsonl")[-1]
-    for key in ("n", "accuracy", "format", "by_modality", "by_question_type"):
+    for key in ("n", "accuracy", "lenient", "format", "by_modality", "by_question_type"):
         assert again[key] == of_run[key]
+    assert again["blind"] < again["accuracy"]  # the starter sees
+    recounted = {}
+    for key, name in (("accuracy", "predictions"), ("blind", "blind_predictions")):
+        scored = folder / f"{name}.jsonl"
+        finish(medrl("score", folder / again[name], "--out", scored, cwd=folder))
+        right = [line["scores"]["accuracy"] for line in read_lines(scored)]
+        recounted[key] = sum(right) / len(right)
+    assert recounted == {key: again[key] for key in ("accuracy", "blind")}
 
 
 def test_interrupted_it_stops_cleanly_and_resumes(folder: Path, config: Path) -> None:
-    """Asynchronous, with a reference model and two updates a batch, for good measure."""
+    """Asynchronous, with a reference model and two updates a batch, for good measure. While it
+    runs nobody can reach it from elsewhere, and it keeps no secret of its environment; and the
+    checkpoint it left is damaged before it resumes."""
     overrides = [
         "run.name=stopped",
         "rollout.staleness=1",
@@ -122,22 +138,37 @@ def test_interrupted_it_stops_cleanly_and_resumes(folder: Path, config: Path) ->
         "learner.updates_per_batch=2",
         "eval.max_prompts=8",
         "run.wandb_project=medrl-test",
+        "run.checkpoint_every=1",
     ]
-    process = medrl("train", config, *overrides, "run.steps=500", cwd=folder)
+    (folder / "netrc").write_text(f"machine api.wandb.ai login user password {SECRET}\n")
+    process = medrl("train", config, *overrides, "run.steps=500", cwd=folder, **SECRETS)
     run = folder / "runs" / "stopped"
     wait_for(lambda: len(read_lines(run / "metrics.jsonl")) >= 2, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) > 6
+    assert listening(family) == {"127.0.0.1", "::ffff:127.0.0.1"}
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: every process of the group gets it
-    finish(process, status=130)
+    out = finish(process, status=130)
     assert time.monotonic() - began < STOP_WITHIN_S
     assert not [one for one in family if one.is_running() and one.status() != "zombie"]
 
     stopped_at = len(read_lines(run / "metrics.jsonl"))
-    assert (run / "checkpoints" / f"step_{stopped_at}").is_dir()
-    goal = stopped_at + 3
-    finish(medrl("train", config, *overrides, f"run.steps={goal}", "--resume", cwd=folder))
+    weights = run / "checkpoints" / f"step_{stopped_at}" / "learner" / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    goal = stopped_at + 2
+    again = medrl(
+        *("train", config, *overrides, f"run.steps={goal}", "--resume"), cwd=folder, **SECRETS
+    )
+    out += finish(again)
+    assert re.search(
+        rf"step_{stopped_at} is damaged: .* has another SHA-256; it is now .*\.damaged", out
+    )
+    assert re.search(rf"resuming from .*step_{stopped_at - 1}\b", out)
+    assert SECRET not in out
+    assert files_with(folder, SECRET) == [folder / "netrc"]
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, goal + 1))
     assert max(line["staleness.max"] for line in lines) <= 1

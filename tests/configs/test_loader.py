@@ -84,11 +84,39 @@ def test_a_list_of_sections_says_which_item_is_wrong(tmp_path: Path) -> None:
         ("rollout.prompts=6", "needs a multiple of 4 (placement.learners 2 x"),
         ("rollout.max_tokens=4096", "needs less than rollout.max_model_len"),
         ("rollout.staleness=1", "learner.importance_cap"),
+        ("run.deterministic=true", ""),
+        (
+            "run.deterministic=true rollout.staleness=1 learner.importance_cap=2.0",
+            "run.deterministic: true with rollout.staleness 1",
+        ),
         ("placement.transport='ipc'", "needs placement.colocate"),
         ("placement.device='cpu'", ""),
         ("eval.every=5", "set data.test"),
+        ("model.lora_vision=true", "model.lora_vision: true with model.lora_rank 0"),
+        (
+            "model.lora_vision=true model.lora_rank=8 model.freeze_vision=true",
+            "model.lora_vision: true with model.freeze_vision",
+        ),
+        ("model.lora_vision=true model.lora_rank=8", ""),
+        ("model.freeze_vision=true model.lora_rank=8", ""),
+        ("model.lora_alpha=8", ""),
         ("reward.policy=medr1 data.mode=think-after", "the released code has no form for it"),
         ("reward.policy=medr1 data.mode=think-before", ""),
+        ("data.mode=no-thnik", "data.mode: got \"no-thnik\", needs 'think-before'"),
+        ("data.mode=my_lab.modes:DESCRIBE", ""),
+        ("reward.overlong_tokens=257", "needs at most rollout.max_tokens (256)"),
+        ("reward.overlong_tokens=256", ""),
+        ("gap.mean=1e-4 model.dtype=bfloat16", "gap.mean: got 0.0001, a gate for float32, with"),
+        ("gap.mean=1e-4 placement.device=gpu", "gap.mean: got 0.0001, a gate for float32, with"),
+        ("gap.mean=1e-4 placement.device=gpu model.dtype=float32", ""),
+        ("gap.mean=0.02 model.dtype=bfloat16", ""),
+        ("data.order=easy_first", "needs data.pass_rates"),
+        ("data.min_pass_rate=0.1", "data.min_pass_rate, data.max_pass_rate: 0.1 and 1 need"),
+        ("data.order=easy_first data.max_pass_rate=0.9 data.pass_rates=x", ""),
+        (
+            "data.min_pass_rate=0.6 data.max_pass_rate=0.5 data.pass_rates=x",
+            "data.min_pass_rate: got 0.6, above data.max_pass_rate (0.5)",
+        ),
         (
             "reward.policy=kind",
             "reward.policy: got \"kind\", needs 'strict', 'lenient'",
@@ -150,7 +178,8 @@ def test_every_knob_has_a_reader() -> None:
         for package in ("actors", "learner", "rewards", "data", "cluster")
         for path in (root / package).glob("*.py")
     )
-    source += (root / "configs" / "check.py").read_text()
+    for name in ("check.py", "loader.py"):
+        source += (root / "configs" / name).read_text()
     source += (root / "configs" / "schema.py").read_text().partition("def run_dir")[2]
     unread = [path for path, name in sections(Config) if f".{name}" not in source]
     assert unread == []

@@ -114,6 +114,23 @@ def test_an_image_already_on_the_grid_keeps_its_pixels(tmp_path: Path) -> None:
     assert loaded.sha256 == pixel_hash(image)
 
 
+def test_a_blank_has_the_size_and_visual_tokens_of_its_image_and_a_hash_of_its_own(
+    tmp_path: Path,
+) -> None:
+    drawn(300, 120).save(tmp_path / "a.png")
+    drawn(300, 120, seed=1).save(tmp_path / "b.png")
+    drawn(84, 84).save(tmp_path / "c.png")
+    images = store(tmp_path)
+    seen, blank = images.load("a.png"), images.blank("a.png")
+    assert blank.image.size == (blank.width, blank.height) == seen.image.size
+    assert blank.image.getcolors() == [(blank.width * blank.height, (128, 128, 128))]
+    assert blank.sha256 == pixel_hash(blank.image) != seen.sha256
+    assert blank.sha256 == images.blank("b.png").sha256 != images.blank("c.png").sha256
+    assert images.load("a.png") is seen  # not blanked for those who see
+    patches = Qwen2VLImageProcessor()(images=[seen.image, blank.image])["image_grid_thw"]
+    assert (patches[0] == patches[1]).all()
+
+
 def test_384_pixels_become_392_as_in_the_paper(tmp_path: Path) -> None:
     image = drawn(384, 384)
     image.save(tmp_path / "a.png")

@@ -14,6 +14,7 @@ from torch import Tensor
 from medrl.actors.chat import render_chat
 from medrl.actors.types import (
     Completion,
+    Example,
     Group,
     Prompt,
     RolloutRequest,
@@ -53,6 +54,8 @@ def settings(
     *,
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
+    lora_rank: int = 0,
+    lora_vision: bool = False,
     dtype: Any = "float32",
     total_steps: int = 10,
     **learner: Any,
@@ -63,6 +66,8 @@ def settings(
             dtype=dtype,
             freeze_vision=freeze_vision,
             gradient_checkpointing=gradient_checkpointing,
+            lora_rank=lora_rank,
+            lora_vision=lora_vision,
         ),
         learner=LearnerConfig(**({"learning_rate": 1e-3, "schedule": "constant"} | learner)),
         image_root=images,
@@ -89,7 +94,7 @@ def scored_group(
     end: int | None = None,
 ) -> ScoredGroup:
     """Random completions of ordinary tokens; their log-probs are noise, not a policy's. With `end`
-    all but those of 16 tokens, the longest allowed, end in that token."""
+    all but those of 16 tokens, the longest allowed, end in that token; those were cut off."""
     generator = torch.Generator().manual_seed(seed)
     size = len(rewards)
     lengths = lengths or torch.randint(1, 9, (size,), generator=generator).tolist()
@@ -122,7 +127,7 @@ def scored_group(
             token_ids=tuple(ids),
             logprobs=tuple((-5 - torch.rand(length, generator=generator)).tolist()),
             text="",
-            finish_reason="stop",
+            finish_reason="length" if end is not None and length == 16 else "stop",
             version=version,
         )
         for ids, length in zip(drawn, lengths, strict=True)
@@ -164,6 +169,36 @@ def mixed_batch(reader: PromptReader, *, groups: int = 7, size: int = 4) -> list
             )
         )
     return batch
+
+
+def examples() -> list[Example]:
+    """One, two and no images; targets of uneven lengths, the longest beyond `max_tokens`."""
+    images: list[tuple[str, ...]] = [(), ("a.png",), ("b.png", "d.png"), ("c.png",), ("a.png",)]
+    targets = ["B", "<answer>A</answer>", "MRI. It is an image " * 4, "\n\nC", "<answer>D"]
+    return [
+        Example(
+            request=RolloutRequest(
+                draw=index,
+                prompt=Prompt(
+                    id=f"e{index}",
+                    question="q",
+                    options=(),
+                    answer="x",
+                    images=names,
+                    modality="CT",
+                    question_type="t",
+                    source="s",
+                ),
+                text="Which?"
+                if index % 2
+                else "What modality is this image? Answer with a letter.",
+                sampling=Sampling(num_completions=4, max_tokens=16, temperature=1.0),
+                seed=index,
+            ),
+            target=target,
+        )
+        for index, (names, target) in enumerate(zip(images, targets, strict=True))
+    ]
 
 
 class PlainStepper:

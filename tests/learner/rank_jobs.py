@@ -77,6 +77,32 @@ def gradients(ranks: Ranks, groups: int = 7, **changes: Any) -> dict[str, Any]:
     return {"metrics": metrics, "gradients": rank.gradients}
 
 
+def all_truncated(ranks: Ranks) -> dict[str, Any]:
+    """No completion is trained in the first update, and all are in the second."""
+    rank = ranks.make(zero_stage=3, mask_truncated=True)
+    batch = mixed_batch(rank._reader)
+    cut = [
+        replace(
+            one,
+            group=replace(
+                one.group,
+                completions=tuple(
+                    replace(c, finish_reason="length") for c in one.group.completions
+                ),
+            ),
+        )
+        for one in batch
+    ]
+    before = rank.values()
+    nothing = rank.update(cut)
+    after = rank.values()
+    return {
+        "nothing": nothing,
+        "kept": all(after[name].equal(before[name]) for name in before),
+        "next": rank.update(batch),
+    }
+
+
 def frozen_tower(ranks: Ranks) -> dict[str, Any]:
     rank = ranks.make(zero_stage=3, freeze_vision=True)
     before = rank.values()
@@ -85,9 +111,11 @@ def frozen_tower(ranks: Ranks) -> dict[str, Any]:
     return {"changed": {name for name in before if not before[name].equal(after[name])}}
 
 
-def going_on(ranks: Ranks, folder: Path, stage: int, dtype: str = "float32") -> dict[str, Any]:
+def going_on(
+    ranks: Ranks, folder: Path, stage: int, dtype: str = "float32", **changes: Any
+) -> dict[str, Any]:
     """Three updates in one go, and again from a checkpoint after the first."""
-    chosen: dict[str, Any] = {"zero_stage": stage, "schedule": "linear", "dtype": dtype}
+    chosen: dict[str, Any] = {"zero_stage": stage, "schedule": "linear", "dtype": dtype} | changes
     rank = ranks.make(**chosen)
     batch = mixed_batch(rank._reader)
     rank.update(batch)
@@ -191,6 +219,7 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     if ranks.world == 1:
         return results
     results["one group"] = gradients(ranks, groups=1, zero_stage=3)
+    results["all truncated"] = all_truncated(ranks)
     results["frozen tower"] = frozen_tower(ranks)
     for stage, dtype in GOING_ON:
         folder = out / f"stage{stage}{dtype}"
@@ -208,14 +237,19 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     return results
 
 
-def _main(rank: int, world: int, port: int, model: Path, images: Path, out: Path) -> None:
+Jobs = Callable[[Ranks, Path], dict[str, Any]]
+
+
+def _main(
+    rank: int, world: int, port: int, model: Path, images: Path, out: Path, jobs: Jobs
+) -> None:
     torch.set_num_threads(1)
-    results = all_jobs(Ranks(model, images, rank, world, port), out)
+    results = jobs(Ranks(model, images, rank, world, port), out)
     torch.save(results, out / f"results_{rank}.pt")
 
 
 def run_ranks(
-    world: int, model: Path, images: Path, out: Path, timeout_s: float
+    world: int, model: Path, images: Path, out: Path, timeout_s: float, jobs: Jobs = all_jobs
 ) -> Callable[[], Any]:
     """Start `world` processes; call what is returned to wait for rank 0's results."""
     with socket.socket() as probe:
@@ -224,7 +258,9 @@ def run_ranks(
     os.environ["HF_HUB_OFFLINE"] = "1"
     context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_main, args=(rank, world, port, model, images, out), daemon=True)
+        context.Process(
+            target=_main, args=(rank, world, port, model, images, out, jobs), daemon=True
+        )
         for rank in range(world)
     ]
     for process in processes:

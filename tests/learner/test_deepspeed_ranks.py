@@ -83,7 +83,9 @@ def test_these_batches_put_text_beside_images_and_leave_a_rank_idle(
     readers: dict[str, PromptReader],
 ) -> None:
     """The cases in which ranks of ZeRO-3 would wait for each other for ever."""
-    sizes = [update._size(scored) for scored in mixed_batch(readers["qwen2_vl"])]
+    sizes = [
+        update._size(scored, mask_truncated=False) for scored in mixed_batch(readers["qwen2_vl"])
+    ]
     seven = [one for mine in plan_rows(sizes, world=2, budget=BUDGET).ranks for one in mine]
     text_only = [
         one for one in seven if one.rows and not any(sizes[r.group].images for r in one.rows)
@@ -140,6 +142,15 @@ def test_an_export_loads_in_transformers_and_gives_the_same_logprobs(
             assert mine == pytest.approx(theirs, abs=1e-5)
     names = {meta.name: meta.shape for meta in results[2]["exported"]["weights"]}
     assert names == {name: tuple(p.shape) for name, p in policy.vlm.named_parameters()}
+
+
+def test_a_batch_of_truncated_completions_alone_changes_nothing_and_the_ranks_go_on(
+    results: dict[int, dict[str, Any]],
+) -> None:
+    found = results[2]["all truncated"]
+    assert (found["nothing"].trained_completions, found["nothing"].gradient_norm) == (0, 0)
+    assert found["kept"]
+    assert found["next"].gradient_norm > 0
 
 
 def test_a_prompt_one_rank_refuses_is_refused_by_all_and_the_ranks_go_on(

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medrl.learner.grpo import (
-    Denominators,
-    Objective,
     aggregate,
+    cispo_surrogate,
     clipped_surrogate,
     group_advantages,
     grpo_loss,
@@ -25,6 +24,7 @@ from medrl.learner.grpo import (
     truncated_importance,
     zero_variance,
 )
+from medrl.learner.objective import Denominators, Objective
 
 ALL = torch.tensor([[True, True, True, True]])
 
@@ -104,6 +104,33 @@ def test_a_clipped_token_has_no_gradient() -> None:
         assert (gradient == 0).tolist() == clipped.tolist()
 
 
+def test_cispo_bounds_a_tokens_weight_and_never_cuts_its_gradient() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    ratio = torch.tensor([[0.5, 1.0, 1.5]])
+    for advantage in (1.0, -1.0):  # the bound does not look at the advantage's sign
+        loss, clipped = cispo_surrogate(ratio, torch.tensor([[advantage]]), logprobs, 0.2, 0.3)
+        weights = torch.tensor([[0.8, 1.0, 1.3]])
+        torch.testing.assert_close(loss, -weights * advantage * logprobs)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+        torch.testing.assert_close(gradient, -weights * advantage)
+        assert clipped.tolist() == [[True, False, True]]
+    _, clipped = cispo_surrogate(ratio / 100, torch.tensor([[1.0]]), logprobs, 1.0, 4.0)
+    assert not clipped.any(), "clip_low 1 is no lower bound"
+
+
+def test_cispos_weight_is_a_constant() -> None:
+    """The ratio is of the very log-probs that are trained, and no gradient comes from it."""
+    logprobs, old, sampler, _, advantages, mask = made(4)
+    counts = Denominators(completions=6, tokens=int(mask.sum()))
+    chosen = Objective(surrogate="cispo", clip_high=0.1, aggregation="token_mean")
+    terms = grpo_loss(logprobs, old, sampler, None, advantages, mask, chosen, counts)
+    (got,) = torch.autograd.grad(terms.loss, logprobs)
+    weights = (logprobs - old).exp().clamp(0.8, 1.1).detach()
+    torch.testing.assert_close(got, -weights * advantages[:, None] * mask / mask.sum())
+    outside = ((logprobs - old).exp() - 0.95).abs() > 0.15
+    assert 0 < int(terms.clipped_sum) == int((outside & mask).sum())
+
+
 def test_kl_by_hand_and_never_negative() -> None:
     got = kl_estimate(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0 + math.log(2)]))
     torch.testing.assert_close(got, torch.tensor([0.0, 2 - math.log(2) - 1]))
@@ -173,8 +200,16 @@ def made(
 
 
 VARIANTS = [
-    Objective(ratio=ratio, aggregation=kind, kl_coefficient=0.1, importance_cap=cap, max_tokens=5)
+    Objective(
+        ratio=ratio,
+        surrogate=surrogate,
+        aggregation=kind,
+        kl_coefficient=0.1,
+        importance_cap=cap,
+        max_tokens=5,
+    )
     for ratio in ("token", "sequence")
+    for surrogate in ("clipped", "cispo")
     for kind in ("completion_mean", "token_mean", "constant")
     for cap in (0.0, 1.5)
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from made_groups import mixed_batch, settings
+from made_groups import examples, mixed_batch, settings
 
 from medrl.configs.errors import LearnerError, UserError
 from medrl.learner.actor import RayLearner, create_learner
@@ -54,15 +54,23 @@ async def test_a_learner_of_two_ranks(
         assert await learner.logprobs(batch[0].group) != before
         assert any(meta.name.startswith("model.visual") for meta in await learner.weights())
 
+        first, second = [await learner.imitate(examples()) for _ in range(2)]
+        assert second.loss < first.loss
+        special = replace(examples()[0], target="<|im_end|>")
+        with pytest.raises(LearnerError, match="prompt e0: the answer to imitate holds special"):
+            await learner.imitate([special])
+
         folder = tmp_path / "checkpoint"
         folder.mkdir()
         await learner.save(folder)
+        saved = await learner.logprobs(batch[0].group)
         assert (folder / "model" / "config.json").exists()
 
         ids = (*batch[1].group.prompt_token_ids[:-1], 5)
         wrong = replace(batch[1], group=replace(batch[1].group, prompt_token_ids=ids))
-        with pytest.raises(LearnerError, match="prompt p1: token ids"):
+        with pytest.raises(LearnerError, match="prompt p1: token ids") as refusal:
             await learner.update([batch[0], wrong])
+        assert not refusal.value.died
         await learner.update(batch)
 
         pid = await learner._ranks[1].__ray_call__.remote(lambda rank: os.getpid())
@@ -72,6 +80,12 @@ async def test_a_learner_of_two_ranks(
         with pytest.raises(LearnerError, match=r"learner rank 1 died \(update\)") as death:
             await dying
         assert "\n" not in str(death.value)  # Ray would fill a page
+        assert death.value.died
+
+        await learner.restart()
+        assert await learner.logprobs(batch[0].group) == before
+        await learner.load(folder)
+        assert await learner.logprobs(batch[0].group) == saved
     finally:
         await learner.close()
         await learner.close()

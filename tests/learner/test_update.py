@@ -13,8 +13,10 @@ from made_groups import PlainStepper, gradient_gap, mixed_batch, scored_group, s
 
 from medrl.actors.types import ScoredGroup
 from medrl.configs.errors import LearnerError
+from medrl.learner.batch import build_rows
 from medrl.learner.model import PromptReader, load_policy
-from medrl.learner.update import Updater
+from medrl.learner.rows import plan_rows
+from medrl.learner.update import Updater, _size
 
 
 @pytest.fixture
@@ -86,6 +88,100 @@ def test_a_failed_completion_is_as_if_it_had_not_been_sampled(made: Any) -> None
     assert without.loss == pytest.approx(metrics.loss, abs=1e-7)
     assert without.entropy == pytest.approx(metrics.entropy, abs=1e-6)
     assert gradient_gap(stepper.gradients(), other.gradients()) < 1e-5
+
+
+def truncated(scored: ScoredGroup, *indices: int) -> ScoredGroup:
+    """The same group, some of its completions cut off."""
+    completions = tuple(
+        replace(one, finish_reason="length") if index in indices else one
+        for index, one in enumerate(scored.group.completions)
+    )
+    return replace(scored, group=replace(scored.group, completions=completions))
+
+
+@pytest.mark.parametrize("aggregation", ["completion_mean", "token_mean", "constant"])
+def test_a_truncated_completion_counts_in_its_group_and_is_not_trained(
+    made: Any, aggregation: str
+) -> None:
+    """By hand, from the policy's own log-probs: rewards 0, 4, 1 and 3 have mean 2, the truncated
+    one's 4 included; then the loss is over the other three, and so are its denominators."""
+    updater, stepper, reader = made(
+        mask_truncated=True, advantage="centered", aggregation=aggregation
+    )
+    rewards, lengths = [0.0, 4.0, 1.0, 3.0], [2, 5, 3, 4]
+    whole = scored_group(reader, ("a.png",), seed=3, rewards=rewards, lengths=lengths)
+    metrics = updater.update([truncated(whole, 1)], version=0)
+    advantages = [-2.0, 2.0, -1.0, 1.0]
+    assert metrics.advantages == (tuple(advantages),)
+    kept = [0, 2, 3]
+    tokens = sum(lengths[i] for i in kept)
+    assert (metrics.trained_completions, metrics.completion_tokens) == (3, tokens)
+    share = {
+        "completion_mean": dict.fromkeys(kept, 1 / 3),
+        "token_mean": {i: lengths[i] / tokens for i in kept},
+        "constant": {i: lengths[i] / (3 * 16) for i in kept},
+    }[aggregation]
+    assert metrics.loss == pytest.approx(-sum(share[i] * advantages[i] for i in kept), abs=1e-6)
+
+    _, other, _ = made()  # the same gradient from plain log-probs, a completion a time
+    policy_updater = Updater(other, reader, updater._settings)
+    total = torch.zeros(())
+    for i in kept:
+        one = replace(
+            whole,
+            group=replace(
+                whole.group,
+                request=replace(
+                    whole.group.request,
+                    sampling=replace(whole.group.request.sampling, num_completions=1),
+                ),
+                completions=(whole.group.completions[i],),
+            ),
+            scores=(whole.scores[i],),
+        )
+        total = total - share[i] * advantages[i] * mean_logprob(policy_updater, other, one)
+    total.backward()  # type: ignore[no-untyped-call]
+    assert gradient_gap(stepper.gradients(), other.gradients()) < 1e-5
+
+
+def mean_logprob(updater: Updater, stepper: PlainStepper, scored: ScoredGroup) -> torch.Tensor:
+    """Of the tokens of a group's one completion, with its gradient."""
+    size = _size(scored, mask_truncated=False)
+    (micro_batch,) = plan_rows([size], world=1, budget=10_000).ranks[0]
+    prompts = {0: updater._reader.read(scored.group)}
+    rows = build_rows(micro_batch, [scored], prompts, [[0.0]], updater._reader.blank)
+    logprobs, _ = stepper.score(rows, [updater._reader.image(hash) for hash in rows.images])
+    return logprobs[rows.trained].mean()
+
+
+def test_without_the_mask_a_truncated_completion_is_like_any_other(made: Any) -> None:
+    found = []
+    for indices in ((), (1,)):
+        updater, stepper, reader = made()
+        whole = scored_group(reader, ("a.png",), seed=3, rewards=[0.0, 4.0, 1.0, 3.0])
+        found.append((updater.update([truncated(whole, *indices)], version=0), stepper))
+    (want, plain), (got, same) = found
+    assert (got.loss, got.trained_completions) == (want.loss, 4)
+    assert gradient_gap(same.gradients(), plain.gradients()) == 0
+
+
+def test_a_batch_of_truncated_completions_alone_has_no_gradient(made: Any) -> None:
+    updater, stepper, reader = made(mask_truncated=True)
+    batch = [
+        truncated(scored_group(reader, ("a.png",), seed=i, rewards=[0.0, 1.0]), 0, 1)
+        for i in range(2)
+    ]
+    metrics = updater.update(batch, version=0)
+    assert (metrics.trained_completions, metrics.completion_tokens) == (0, 0)
+    assert (metrics.loss, metrics.gradient_norm, metrics.zero_variance_groups) == (0, 0, 0)
+    assert stepper.forwards == 1, "the rank keeps the others company"
+
+
+def test_a_truncated_completion_is_scored_like_any_other(made: Any) -> None:
+    """The canary of a sync may well be cut off."""
+    updater, _, reader = made(mask_truncated=True)
+    whole = scored_group(reader, ("a.png",), seed=3, rewards=[0.0, 1.0])
+    assert updater.logprobs(truncated(whole, 0, 1).group) == updater.logprobs(whole.group)
 
 
 def test_equal_rewards_give_zero_gradient_and_are_counted(made: Any) -> None:

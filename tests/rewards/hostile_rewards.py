@@ -113,10 +113,13 @@ _ACTIONS = {
 }
 
 
-def environment(completion: str, prompt: Prompt) -> Score:
-    """Tell which of the variables that the completion names can be seen."""
-    seen = [name for name in completion.split() if name in os.environ]
-    return Score(components={}, total=1.0, outcome="ok", reason=" ".join(seen))
+def tell_all(completion: str, prompt: Prompt) -> Score:
+    """Its environment, and that of a program it starts, to the file that the completion names."""
+    command = [sys.executable, "-c", "import os; print(dict(os.environ))"]
+    started = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with open(completion, "w") as file:
+        file.write(f"{dict(os.environ)} {started}")
+    return Score(components={}, total=1.0, outcome="ok", reason="told")
 
 
 def spare_gold(completion: str, prompt: Prompt) -> float:

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medrl.configs.errors import UserError
-from medrl.rewards.modes import MODES, NO_THINK, THINK_AFTER, THINK_BEFORE, get_mode
+from medrl.configs.schema import RewardConfig
+from medrl.rewards.check import check_rewards
+from medrl.rewards.modes import (
+    MODES,
+    NO_THINK,
+    THINK_AFTER,
+    THINK_BEFORE,
+    Mode,
+    get_mode,
+    odd_words,
+)
 
 BEFORE = "<think>why</think><answer>C</answer>"
 AFTER = "<answer>C</answer><think>why</think>"
@@ -150,6 +160,59 @@ def test_no_piece_can_be_dropped_from_or_doubled_in_a_form(mode, data):
     if pieces[place] != "word":
         doubled = [*pieces[:place], pieces[place], *pieces[place:]]
         assert not mode.is_well_formed("".join(doubled))[0]
+
+
+def test_an_instruction_of_ones_own_replaces_the_last_line_alone(make_prompt):
+    mode = get_mode("no-think", "Say {answer} {letter} {} {0} {{x}} in <answer>.")
+    *others, last = mode.render(make_prompt()).splitlines()
+    assert others == NO_THINK.render(make_prompt()).splitlines()[:-1]
+    assert last == "Say letter {letter} {} {0} {{x}} in <answer>."
+    assert mode.render(make_prompt("text", options=())).endswith(
+        "Say answer {letter} {} {0} {{x}} in <answer>."
+    )
+    assert mode.write("C") == NO_THINK.write("C")
+    assert get_mode("no-think").instruction == NO_THINK.instruction
+
+
+def test_what_an_instruction_may_not_mean_is_told():
+    odd = odd_words(get_mode("think-before", "Think, then {letter} in <answer></answer> {}."))
+    assert len(odd) == 3
+    assert "{letter} is sent as it stands" in odd[0] + odd[1]
+    assert "does not name <think>" in odd[2]
+    assert [odd_words(mode) for mode in MODES.values()] == [[], [], []]
+
+
+FOURTH = """
+from medrl.rewards.modes import Mode
+WORDS = "<describe></describe> {answer} <answer></answer>"
+DESCRIBE = Mode("describe", ("describe", "answer"), WORDS)
+NUMBER = 3
+"""
+
+
+def test_a_fourth_mode_is_one_file_of_ones_own(tmp_path, monkeypatch, make_prompt):
+    """Words, form, reading and rewards all follow, in a reward's process as well."""
+    (tmp_path / "my_modes.py").write_text(FOURTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    mode = get_mode("my_modes:DESCRIBE")
+    assert mode.render(make_prompt()).endswith("<describe></describe> letter <answer></answer>")
+    assert mode.is_well_formed("<describe>round</describe><answer>C</answer>") == (True, "")
+    assert not mode.is_well_formed(BARE)[0]
+    assert not mode.is_well_formed("<describe>a<Describe></describe><answer>C</answer>")[0]
+    assert mode.read("<describe>see <answer>C</answer></describe>").text is None
+    check_rewards(RewardConfig().terms, "my_modes:DESCRIBE", [make_prompt("C")])
+    for wrong in ("my_modes:NUMBER", "my_modes:GONE", "no_such_module:X", "my_modes:", "describe"):
+        with pytest.raises(UserError, match="mode"):
+            get_mode(wrong)
+
+
+@pytest.mark.parametrize(
+    "blocks", [("think",), ("answer", "answer"), ("Answer",), ("a b", "answer")]
+)
+def test_a_mode_has_plain_blocks_and_one_answer(blocks):
+    with pytest.raises(ValueError, match="one of them answer"):
+        Mode("odd", blocks, "")
 
 
 MEBI = 2**20

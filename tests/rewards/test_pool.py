@@ -176,19 +176,26 @@ def test_processes_die_with_a_driver_that_is_killed(tmp_path):
     assert until(lambda: not any(map(alive, pids)))
 
 
-async def test_rewards_see_no_secret(make_prompt, monkeypatch):
-    secrets = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_ID", "DB_PASSWORD", "my_token"]
-    for name in secrets:
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("MEDICAL_DATA", "y")
-    terms = (RewardTerm(use="hostile_rewards:environment"),)
+SECRETS = {  # name -> value; half of them by no name that tells
+    **{"WANDB_API_KEY": "s3cret-1", "HF_TOKEN": "s3cret-2", "AWS_SECRET_ACCESS_KEY": "s3cret-3"},
+    **{"RAY_AUTH_TOKEN": "s3cret-4", "DATABASE_URL": "postgres://me:s3cret-5@host/db"},
+    **{"HTTPS_PROXY": "http://me:s3cret-6@proxy", "PGPASS": "s3cret-7", "my_token": "s3cret-8"},
+}
+
+
+async def test_rewards_see_no_secret(make_prompt, monkeypatch, tmp_path):
+    """Whatever they tell of their environment, and whatever they start in it."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("REWARD_DATA", "/lesions")
+    terms = (RewardTerm(use="hostile_rewards:tell_all"),)
     with RewardPool(terms, "no-think", 1, 5.0) as pool:
-        (score,) = await pool.score(make_prompt(), [" ".join([*secrets, "MEDICAL_DATA"])])
-        (pid,) = pool.pids
-        names = {entry.split(b"=")[0].decode() for entry in environment(pid)}
-    assert "MEDICAL_DATA" in names
-    assert not names & set(secrets)
-    assert score.reason == "environment: MEDICAL_DATA"
+        (score,) = await pool.score(make_prompt(), [str(tmp_path / "told")])
+        assert score.reason == "tell_all: told"
+    told = (tmp_path / "told").read_text()
+    assert told.count("'REWARD_DATA': '/lesions'") == 2  # of itself, and of what it started
+    assert "s3cret" not in told
+    assert not [name for name in SECRETS if name in told]
 
 
 async def test_any_text_arrives_as_it_is(make_prompt):

@@ -69,6 +69,22 @@ async def test_a_local_scorer_scores_a_group(make_prompt):
     await scorer.close()
 
 
+async def test_long_completions_cost_in_the_actors_scores(make_prompt, monkeypatch):
+    """By tokens, which only the side that holds the group knows."""
+    pytest.importorskip("ray")
+    from medrl.rewards.actor import RayScorer, RewardActor
+
+    config = RewardConfig(overlong_tokens=8)  # the completions are of 1 token, at most 8
+    actor = RewardActor(config, "no-think")
+    scorer = object.__new__(RayScorer)  # without its Ray actor
+    monkeypatch.setattr(scorer, "_overlong_tokens", config.overlong_tokens, raising=False)
+    monkeypatch.setattr(scorer, "_score", actor.score, raising=False)
+    scored = await scorer.score_group(group_of(make_prompt("C")))
+    await actor.close()
+    assert [score.components["overlong"] for score in scored.scores] == [-0.125] * 3
+    assert [score.total for score in scored.scores] == [1.875, 0.875, -0.125]
+
+
 LOOSE = ("C", "<answer>(C)</answer>", "<answer>C</answer><answer>C</answer>")
 
 
@@ -95,6 +111,9 @@ async def test_training_scores_by_its_policy_and_evaluation_strictly(make_prompt
     assert [score.components["accuracy"] for score in evaluated] == [0, 1, 0]
     assert [score.components["format"] for score in evaluated] == [0, 1, 0]
     assert [score.outcome for score in evaluated] == ["unparsed", "ok", "unparsed"]
+    # Beside it, and in no total.
+    assert [score.components["lenient"] for score in evaluated] == [1, 1, 1]
+    assert [score.total for score in evaluated] == [0, 2, 0]
 
 
 @pytest.fixture
@@ -103,7 +122,7 @@ def mark(monkeypatch):
     ray = pytest.importorskip("ray")
     mark = uuid.uuid4().hex
     monkeypatch.setenv("RAY_DISABLE_USAGE_STATS", "1")
-    variables = {"PYTHONPATH": str(Path(__file__).parent), "TEST_MARK": mark}
+    variables = {"PYTHONPATH": str(Path(__file__).parent), "REWARD_MARK": mark}
     ray.init(
         num_cpus=1,
         include_dashboard=False,

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from medrl.cluster.journal import read_lines
+from medrl.reports.lines import read_lines
 
 SMOOTHED_OVER = 9  # steps, of the dark line over the pale one
 
@@ -23,8 +23,10 @@ def draw_plots(run_dir: Path) -> list[Path]:
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     drawn = []
-    if steps:
+    if steps and "reward.mean" in steps[0]:
         drawn += [_learning(steps, evals, folder), _seconds(steps, folder)]
+    elif steps:
+        drawn.append(_imitation(steps, evals, folder))
     if evals:
         drawn.append(_accuracy(evals, folder))
     return drawn
@@ -53,6 +55,20 @@ def _learning(steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], 
     axes[1, 2].set(title="sampler against learner, nats")
     axes[1, 2].legend()
     for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    return _save(figure, to / "learning.png")
+
+
+def _imitation(steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]], to: Path) -> Path:
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.7), layout="constrained")
+    _line(axes[0], steps, "loss", "loss")
+    axes[0].set(title="-log p of the answers, nats a token", ylim=(0, None))
+    _line(axes[1], steps, "gradient_norm", "norm")
+    axes[1].set(title="gradient norm before clipping", ylim=(0, None))
+    axes[2].plot(*_xy(evals, "accuracy"), "k*-", ms=9)
+    axes[2].set(title="held-out accuracy (greedy)", ylim=(-0.03, 1.03))
+    for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     return _save(figure, to / "learning.png")

@@ -1,0 +1,167 @@
+"""Which engines there are, and which of them may serve. Standard library only.
+
+    add ──> stale ──serve──> serving ──rest──> stale       fail: from either to fallen
+             ^                                               │
+             └──────── add: started again (a supervisor) ────┘──give_up──> gone
+
+*Serving*: a receipt proves the version it holds. *Stale*: up, and never asked before a push proved
+its version. The sampler and the sync say `fail` of an engine whose calls end in a death; whoever
+waits meets an error only once no engine is left that could come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from medrl.actors.engine import Engine
+from medrl.configs.errors import EngineError, MedrlError
+
+MAX_DEATHS = 4
+"""So many without a finished group in between are a crash loop: the engine is given up. Where each
+try ends before any work is done, more of them are not likely to do better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """That a part of the run left, came back, or is given up."""
+
+    who: str  # "engine 1", "learner"
+    event: Literal["left", "returned", "given up"]
+    cause: str  # of its leaving
+    seconds: float = 0.0  # out of service until now
+
+    def __str__(self) -> str:
+        if self.event == "left":
+            return f"{self.who} is started again: {self.cause}"
+        if self.event == "returned":
+            return f"{self.who} is back after {self.seconds:.1f} s"
+        return f"{self.who} is given up after {MAX_DEATHS} deaths, the first: {self.cause}"
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of an engine's deaths since it last finished a group."""
+
+    first: MedrlError
+    deaths: int = 0
+    since: float | None = None  # when it left, where it does not serve yet; monotonic
+
+
+class EnginePool:
+    """All engines of a run, by index. Nothing here waits for an engine."""
+
+    def __init__(self, tell: Callable[[Outage], None] = lambda outage: None) -> None:
+        self.tell = tell
+        self.serves_as_started = False  # whether engines serve the model they were started with
+        self._up: dict[int, Engine] = {}
+        self._serving: set[int] = set()
+        self._fallen: dict[int, Engine | None] = {}  # what is left of it may still have to be ended
+        self._records: dict[int, _Record] = {}
+        self._failure: EngineError | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def up(self) -> dict[int, Engine]:
+        return dict(self._up)
+
+    @property
+    def serving(self) -> dict[int, Engine]:
+        return {index: self._up[index] for index in sorted(self._serving)}
+
+    @property
+    def stale(self) -> dict[int, Engine]:
+        return {i: engine for i, engine in self._up.items() if i not in self._serving}
+
+    @property
+    def fallen(self) -> dict[int, Engine | None]:
+        """Those to be started again, and what is left of each."""
+        return dict(self._fallen)
+
+    def add(self, index: int, engine: Engine) -> None:
+        """It is up: stale until `serve`."""
+        self._fallen.pop(index, None)
+        self._up[index] = engine
+        self.changed()
+
+    def serve(self, members: Mapping[int, Engine]) -> None:
+        """A receipt proves what they hold."""
+        for index, engine in members.items():
+            if self._up.get(index) is not engine:
+                continue  # it fell meanwhile
+            self._serving.add(index)
+            record = self._records.get(index)
+            if record and record.since is not None:
+                gone_s, record.since = time.monotonic() - record.since, None
+                self._tell(index, "returned", record.first, gone_s)
+        self.changed()
+
+    def rest(self, members: Mapping[int, Engine]) -> None:
+        """They are paused, and wait for the next version."""
+        self._serving -= {i for i, engine in members.items() if self._up.get(i) is engine}
+
+    def answered(self, index: int, engine: Engine) -> None:
+        """It finished a group: what it died of before is over."""
+        if self._up.get(index) is engine:
+            self._records.pop(index, None)
+
+    def fail(self, index: int, engine: Engine | None, cause: MedrlError) -> None:
+        """`engine` died of `cause`, or hangs; None: it could not be started again. Telling so twice
+        of one engine is harmless."""
+        if engine is not None and self._up.get(index) is not engine:
+            return
+        self._up.pop(index, None)
+        self._serving.discard(index)
+        self._fallen[index] = engine
+        record = self._records.setdefault(index, _Record(first=cause))
+        record.deaths += 1
+        if record.since is None:
+            record.since = time.monotonic()
+        if engine is not None:
+            self._tell(index, "left", cause)
+        self.changed()
+
+    def deaths(self, index: int) -> int:
+        """In a row, without a finished group in between."""
+        return self._records[index].deaths if index in self._records else 0
+
+    def give_up(self, index: int) -> None:
+        """It does not come back. Without it, the others go on; the last one closes the pool."""
+        self._fallen.pop(index, None)
+        record = self._records[index]
+        self._tell(index, "given up", record.first, time.monotonic() - (record.since or 0.0))
+        if not self._up and not self._fallen:
+            self.close(f"no engine is left: each died {MAX_DEATHS} times without finishing a group")
+        self.changed()
+
+    def close(self, reason: str) -> None:
+        """No engine comes back: whoever waits for one gets the first cause, and `reason`."""
+        first = min(self._records.values(), key=lambda it: it.since or 0.0, default=None)
+        told = f"{first.first}\n{reason}" if first else reason
+        self._failure = self._failure or EngineError(told)
+        self.changed()
+
+    def changed(self) -> None:
+        """Have those that wait look again."""
+        before, self._changed = self._changed, asyncio.Event()
+        before.set()
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait for `condition`; raises `EngineError` once the pool is closed."""
+        while not condition():
+            if self._failure:
+                raise self._failure
+            await self._changed.wait()
+
+    def _tell(
+        self,
+        index: int,
+        event: Literal["left", "returned", "given up"],
+        cause: MedrlError,
+        seconds: float = 0.0,
+    ) -> None:
+        first_line = str(cause).partition("\n")[0]
+        self.tell(Outage(who=f"engine {index}", event=event, cause=first_line, seconds=seconds))

@@ -1,0 +1,172 @@
+"""The engines of a run, started side by side and kept alive; and what else follows from the config.
+
+Where several runs share them (an experiment), they outlive each run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+from medrl.actors.actor import RayEngine, create_engine
+from medrl.actors.pool import EnginePool
+from medrl.actors.sampler import Sampler
+from medrl.cluster.closing import close_all
+from medrl.cluster.interrupt import Interrupt
+from medrl.cluster.placement import Placement
+from medrl.cluster.preflight import Checked
+from medrl.cluster.supervise import Supervisor
+from medrl.configs.errors import EngineError
+from medrl.configs.schema import Config, ModelConfig
+from medrl.rewards.scorer import StrictScorer
+
+MAX_SEQUENCES = 256  # completions an engine works on at once; more wait for whoever is free first
+
+
+class Engines:
+    """Starts engines of one kind, and ends all it ever started."""
+
+    def __init__(
+        self,
+        config: Config,
+        checked: Checked,
+        placement: Placement,
+        model: str,
+        logs: Path | None = None,
+    ) -> None:
+        self._config = config
+        self._checked = checked
+        self._placement = placement
+        self._model = model
+        self._logs = logs
+        # A short path of this run's own: Unix sockets lie in it.
+        self._scratch = Path(tempfile.gettempdir()) / f"medrl-{uuid4().hex[:12]}"
+        self._numbers = count()
+        self._started: list[RayEngine] = []
+        self.pool = EnginePool()
+
+    async def start(self) -> EnginePool:
+        """All of them, at once; each is stale."""
+        indices = range(self._config.placement.engines)
+        for index, engine in enumerate(await asyncio.gather(*map(self.start_one, indices))):
+            self.pool.add(index, engine)
+        return self.pool
+
+    async def start_one(self, index: int) -> RayEngine:
+        """Raises `EngineError`, within placement.start_timeout_s; then nothing is left of it."""
+        begun = len(self._started)
+        try:
+            return await self._create(index)
+        except EngineError:
+            await close_all([one for one in self._started[begun:] if one.index == index])
+            raise
+
+    async def _create(self, index: int) -> RayEngine:
+        config = self._config
+        return await create_engine(
+            options=self._placement.engine_options(index),
+            on_created=self._started.append,
+            timeout_s=config.placement.start_timeout_s,
+            call_timeout_s=config.placement.sync_timeout_s,
+            model=model_at(config, self._model),
+            rollout=config.rollout,
+            max_pixels=config.data.max_pixels,
+            image_root=self._checked.image_root.absolute(),
+            index=index,
+            device=self._placement.device,
+            seed=config.run.seed,
+            transport=transport(config, self._placement.device),
+            max_images=self._checked.max_images,
+            workers=workers(config, self._placement),
+            colocated=config.placement.colocate,
+            deterministic=config.run.deterministic,
+            # One that is started again does not meet what the one before left.
+            scratch=self._scratch / str(next(self._numbers)),
+            log_path=self._logs / f"engine_{index}.log" if self._logs else None,
+        )
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Those that die in the block are started again."""
+        placement = self._config.placement
+        supervisor = Supervisor(
+            self.pool,
+            self.start_one,
+            heartbeat_s=placement.heartbeat_s,
+            patience_s=placement.start_timeout_s,
+        )
+        async with supervisor.watching(range(placement.engines)):
+            yield
+
+    async def close(self) -> None:
+        await close_all(self._started)
+        shutil.rmtree(self._scratch, ignore_errors=True)  # an engine that was killed could not
+
+
+@asynccontextmanager
+async def serving_engines(
+    config: Config,
+    checked: Checked,
+    placement: Placement,
+    model: str,
+    interrupt: Interrupt,
+    logs: Path | None = None,
+) -> AsyncIterator[EnginePool]:
+    """Engines for the block that serve `model` as it lies on disk; those started again, too, until
+    a run takes the pool."""
+    engines = Engines(config, checked, placement, model, logs)
+    try:
+        pool = await interrupt.cancels(engines.start())
+        for engine in pool.up.values():
+            await engine.resume(0)
+        pool.serve(pool.up)
+        pool.serves_as_started = True
+        async with engines.watched():
+            yield pool
+    finally:
+        await engines.close()
+
+
+@asynccontextmanager
+async def engines_and_scorer(
+    config: Config, checked: Checked, placement: Placement, model: str, interrupt: Interrupt
+) -> AsyncIterator[tuple[Sampler, StrictScorer]]:
+    """What an evaluation needs."""
+    async with serving_engines(config, checked, placement, model, interrupt) as pool:
+        yield make_sampler(config, pool), StrictScorer(config.data.mode)
+
+
+def make_sampler(config: Config, pool: EnginePool) -> Sampler:
+    """One for a run: its deadlines follow from the run's config."""
+    # A stale group may be asked of an engine that is just being synced, and waits for that first.
+    wait = config.placement.sync_timeout_s if config.rollout.staleness else 0.0
+    timeout_s = config.rollout.timeout_s + wait
+    at_once = 1 if config.run.deterministic else MAX_SEQUENCES  # 1: a group at a time, of any size
+    return Sampler(pool, max_sequences=at_once, timeout_s=timeout_s)
+
+
+def transport(config: Config, device: str) -> Literal["gloo", "nccl", "ipc"]:
+    """`placement.transport`, where "auto" follows the device and colocation."""
+    if config.placement.transport != "auto":
+        return config.placement.transport
+    if device == "cpu":
+        return "gloo"
+    return "ipc" if config.placement.colocate else "nccl"
+
+
+def workers(config: Config, placement: Placement) -> int:
+    """Of an engine."""
+    return config.placement.gpus_per_engine if placement.device == "gpu" else 1
+
+
+def model_at(config: Config, path: str) -> ModelConfig:
+    """The model section, with an absolute path: actors may have another working directory."""
+    local = str(Path(path).absolute()) if Path(path).exists() else path
+    return config.model.model_copy(update={"path": local})

@@ -1,0 +1,260 @@
+"""Engines that die, hang and come back under the real loop: nothing is lost, nothing done twice,
+and nothing is sampled from weights that no receipt proves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import World, draws_trained
+
+from medrl.actors.fake_engine import FakeEngine
+from medrl.actors.pool import MAX_DEATHS, EnginePool, Outage
+from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
+from medrl.cluster.journal import read_lines
+from medrl.cluster.supervise import Supervisor
+from medrl.configs.errors import EngineError, as_death
+
+START_S = 0.02  # of a mortal engine
+KILLS_S = 0.08  # mean time between two faults of an engine
+
+
+class Mortal(FakeEngine):
+    """A fake that can die or hang in any call, from outside."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._dead = asyncio.Event()
+        self._hangs = False
+
+    def die(self) -> None:
+        self._dead.set()
+
+    def hang(self) -> None:
+        self._hangs = True
+
+    async def _mortal(self, call: Awaitable[Any]) -> Any:
+        work = asyncio.ensure_future(call)
+        death = asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
+            if self._hangs:
+                await death
+            if death.done():
+                raise as_death(EngineError(f"engine {self._index} was killed"))
+            return work.result()
+        finally:
+            work.cancel()
+            death.cancel()
+
+    async def generate(self, request: RolloutRequest) -> Group:
+        group: Group = await self._mortal(super().generate(request))
+        return group
+
+    async def ping(self) -> None:
+        await self._mortal(super().ping())
+
+    async def pause(self) -> None:
+        await self._mortal(super().pause())
+
+    async def open_transfer(self, plan: SyncPlan, rank: int) -> None:
+        await self._mortal(super().open_transfer(plan, rank))
+
+    async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+        digests: Mapping[str, str] = await self._mortal(super().receive(weights))
+        return digests
+
+    async def canary(self, request: RolloutRequest) -> Group:
+        group: Group = await self._mortal(super().canary(request))
+        return group
+
+    async def resume(self, version: int) -> None:
+        await self._mortal(super().resume(version))
+
+    async def close(self) -> None:
+        self.die()  # whoever still waits for it hears so
+
+
+class FaultyWorld(World):
+    """A run whose engines are supervised, and die at random moments."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(folder, kind=Mortal, **settings)
+        self.outages: list[Outage] = []
+        self.pool.tell = self.outages.append
+        self.supervisor = Supervisor(self.pool, self.start, heartbeat_s=0.05, patience_s=5.0)
+
+    async def start(self, index: int) -> FakeEngine:
+        await asyncio.sleep(START_S)
+        self.engines[index] = Mortal(self.wire, index=index, seconds=0.001)
+        return self.engines[index]
+
+    async def chaos(self, seed: int, kinds: Sequence[str]) -> None:
+        rng = random.Random(seed)
+        while True:
+            await asyncio.sleep(rng.expovariate(len(self.engines) / KILLS_S))
+            getattr(rng.choice(list(self.engines.values())), rng.choice(kinds))()
+
+    async def run(self) -> None:
+        async with self.supervisor.watching(list(self.engines)):
+            await super().run()
+
+    async def run_under(self, seed: int, kinds: Sequence[str] = ("die", "hang")) -> None:
+        chaos = asyncio.create_task(self.chaos(seed, kinds))
+        try:
+            async with asyncio.timeout(30):
+                await self.run()
+        finally:
+            chaos.cancel()
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medrl.cluster.supervise.POLL_S", 0.005)
+
+
+@pytest.mark.parametrize("engines", [1, 3])
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_every_draw_is_trained_once_whatever_dies(
+    tmp_path: Path, staleness: int, engines: int
+) -> None:
+    """And where the run is synchronous it is the undisturbed one, to the last bit."""
+    delays = (0.001,) * engines
+    world = FaultyWorld(tmp_path / "faulty", steps=100, staleness=staleness, delays=delays)
+    await world.run_under(seed=engines)
+    lines = read_lines(tmp_path / "faulty" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [line["version"] for line in lines]
+    assert [line["step"] for line in lines] == list(range(1, 101))
+    assert max(line["staleness.max"] for line in lines) <= staleness
+    assert draws_trained(tmp_path / "faulty") == list(range(400))
+    versions = [line["version"] for line in read_lines(tmp_path / "faulty" / "syncs.jsonl")]
+    assert versions == sorted(versions)
+    events = [outage.event for outage in world.outages]
+    assert min(events.count("left"), events.count("returned")) >= 5
+    if not staleness:
+        calm = World(tmp_path / "calm", steps=100)
+        await calm.run()
+        assert world.learner.skill == calm.learner.skill
+
+
+async def test_an_idle_engine_that_hangs_is_noticed_within_its_deadline(tmp_path: Path) -> None:
+    world = FaultyWorld(tmp_path, steps=0)
+    await world.sync.push(0, 0)
+    async with world.supervisor.watching([0, 1]):
+        world.engines[1].hang()  # type: ignore[attr-defined]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await world.pool.until(lambda: 1 not in world.pool.serving)
+        assert loop.time() - began < 0.05 + 0.005 + 0.05
+        await world.pool.until(lambda: 1 in world.pool.stale)
+    assert list(world.pool.serving) == [0]  # up again, but nothing was proved to it
+    assert "hangs: no answer to a ping within 0.05 s" in world.outages[0].cause
+
+
+async def test_an_engine_at_work_on_a_push_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """It answers no ping then; the push has deadlines of its own."""
+
+    class Slow(Mortal):
+        async def receive(self, weights: Sequence[WeightMeta]) -> Mapping[str, str]:
+            await asyncio.sleep(0.2)
+            return await super().receive(weights)
+
+        async def ping(self) -> None:
+            await asyncio.sleep(0.03)
+            while not self.serving:
+                await asyncio.sleep(0.01)
+
+    world = FaultyWorld(tmp_path, steps=2)
+    for engine in world.engines.values():
+        engine.__class__ = Slow
+    await world.run()
+    assert not world.outages
+
+
+async def test_a_crash_loop_ends_with_the_first_cause_on_top(tmp_path: Path) -> None:
+    world = FaultyWorld(tmp_path, steps=5, delays=(0.0,))
+    starts: list[int] = []
+
+    async def broken(index: int) -> FakeEngine:
+        starts.append(index)
+        raise EngineError(f"no memory, try {len(starts)}")
+
+    world.supervisor = Supervisor(world.pool, broken, heartbeat_s=0.05, patience_s=5.0)
+    world.engines[0].die()  # type: ignore[attr-defined]
+    world.pool.serve(world.pool.up)
+    with pytest.raises(EngineError, match=r"^engine 0 was killed\nno engine is left: .* 4 times"):
+        async with asyncio.timeout(5):
+            await world.run()
+    assert len(starts) == MAX_DEATHS - 1
+    assert [outage.event for outage in world.outages] == ["left", "given up"]
+
+
+async def test_a_run_goes_on_without_an_engine_that_never_comes_back(tmp_path: Path) -> None:
+    world = FaultyWorld(tmp_path, steps=60, delays=(0.0, 0.001))
+
+    async def broken(index: int) -> FakeEngine:
+        raise EngineError("its GPU fell off the bus")
+
+    world.supervisor = Supervisor(world.pool, broken, heartbeat_s=0.05, patience_s=5.0)
+    world.engines[1].die()  # type: ignore[attr-defined]
+    await world.run()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 60
+    assert [str(outage) for outage in world.outages] == [
+        "engine 1 is started again: engine 1 was killed",
+        "engine 1 is given up after 4 deaths, the first: engine 1 was killed",
+    ]
+
+
+async def test_without_an_engine_a_run_waits_no_longer_than_its_patience(tmp_path: Path) -> None:
+    world = FaultyWorld(tmp_path, steps=500, delays=(0.001,))
+
+    async def never(index: int) -> FakeEngine:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    world.supervisor = Supervisor(world.pool, never, heartbeat_s=0.05, patience_s=0.1)
+
+    async def kill(step: int) -> None:
+        if step == 3:
+            world.engines[0].die()  # type: ignore[attr-defined]
+
+    world.parts = replace(world.parts, after_step=kill)
+    told = (
+        r"^engine 0 was killed\nno engine came back within 0\.1 s \(placement\.start_timeout_s\)$"
+    )
+    with pytest.raises(EngineError, match=told):
+        async with asyncio.timeout(5):
+            await world.run()
+    assert world.buffer.settled  # so that a checkpoint can be made
+    assert world.buffer.version == world.learner.updates == 3
+
+
+async def test_an_engine_that_serves_as_started_needs_no_push(tmp_path: Path) -> None:
+    """Where engines evaluate the model they were started with, there is no learner."""
+    world = FaultyWorld(tmp_path, steps=0)
+    resumed: list[int] = []
+
+    class FromDisk(Mortal):
+        async def resume(self, version: int) -> None:
+            resumed.append(version)
+
+    async def start(index: int) -> FakeEngine:
+        await asyncio.sleep(START_S)
+        return FromDisk(world.wire, index=index)
+
+    pool = EnginePool()
+    pool.add(0, world.engines[0])
+    pool.serve(pool.up)
+    pool.serves_as_started = True
+    supervisor = Supervisor(pool, start, heartbeat_s=0.05, patience_s=5.0)
+    async with supervisor.watching([0]):
+        world.engines[0].die()  # type: ignore[attr-defined]
+        await pool.until(lambda: not pool.serving)
+        async with asyncio.timeout(5):
+            await pool.until(lambda: pool.serving)
+    assert resumed == [0]
