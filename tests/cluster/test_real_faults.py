@@ -18,6 +18,7 @@ from medrl.reports.lines import read_lines
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 ALLOWANCE_S = 10.0  # to notice a death, and to bring the version
+STARTS = 3  # of this length: what is started again shares the machine with the rest, and others
 
 
 class RealRun:
@@ -131,7 +132,7 @@ def test_engines_and_a_learner_rank_that_are_killed_come_back(
     print(f"start-up {run.start_s:.1f} s, out of service: {seconds}")
     assert run.is_whole(steps)
     assert set(seconds) == {"learner", "engine 0", "engine 1"}
-    assert max(seconds.values()) < run.start_s + ALLOWANCE_S
+    assert max(seconds.values()) < STARTS * run.start_s + ALLOWANCE_S
     other = {"engine 0": "engine 1", "engine 1": "engine 0"}[first]
     assert "(raylet)" not in out  # Ray's page about each death
     for who in (first, "learner", other):
@@ -159,6 +160,6 @@ def test_the_only_engine_hangs_and_the_run_goes_on(
     out = finish(run.process)
     print(f"start-up {run.start_s:.1f} s, out of service: {run.seconds_out()}")
     assert run.is_whole(steps)
-    assert run.seconds_out()["engine 0"] < run.start_s + ALLOWANCE_S
+    assert run.seconds_out()["engine 0"] < STARTS * run.start_s + ALLOWANCE_S
     assert "engine 0 is started again: engine 0 hangs: no answer to a ping within 5 s" in out
     assert "going on from step 0" in out  # no checkpoint was made: from the starting model
