@@ -10,20 +10,29 @@ from medrl.actors.types import Receipt, ScoredGroup, UpdateMetrics
 from medrl.configs.errors import RewardError
 
 SHOWN_FAILURES = 3
+SHOWN_CHARACTERS = 80  # of a completion
 
 
 def refuse_failures(batch: Sequence[ScoredGroup], limit: float) -> None:
-    """Raise `RewardError` when more than a share `limit` of a batch failed to be scored."""
-    scores = [(group, score) for group in batch for score in group.scores]
-    failed = [(group, score) for group, score in scores if score.failed]
+    """Raise `RewardError` when more than a share `limit` of a batch failed to be scored: it says
+    which rewards failed how often, and shows some completions."""
+    scores = [
+        ((group.group.request.prompt.id, completion.text), score)
+        for group in batch
+        for completion, score in zip(group.group.completions, group.scores, strict=True)
+    ]
+    failed = [(what, score) for what, score in scores if score.failed]
     if len(failed) > limit * len(scores):
-        examples = "; ".join(
-            f"prompt {group.group.request.prompt.id}: {score.outcome}, {score.reason}"
-            for group, score in failed[:SHOWN_FAILURES]
-        )
+        rewards = Counter(score.reason.partition(":")[0] for _, score in failed)
+        named = ", ".join(f"{name} failed {count}" for name, count in rewards.most_common())
+        examples = [
+            f"  prompt {prompt_id}, {text[:SHOWN_CHARACTERS]!r}: {score.outcome}, {score.reason}"
+            for (prompt_id, text), score in failed[:SHOWN_FAILURES]
+        ]
         raise RewardError(
             f"{len(failed)} of {len(scores)} completions could not be scored, above the limit "
-            f"of {limit:.0%} (reward.max_failed_fraction); e.g. {examples}"
+            f"of {limit:.0%} (reward.max_failed_fraction): {named}. Mend it and go on with "
+            "--resume; for instance\n" + "\n".join(examples)
         )
 
 

@@ -101,7 +101,9 @@ async def _learner(
 
 async def _scorer(config: Config, placement: Placement, started: list[Any]) -> RayScorer:
     rewards = config.reward.model_copy(update={"terms": reward_terms(config)})
-    scorer = RayScorer(rewards, config.data.mode, **placement.reward_options())
+    scorer = RayScorer(
+        rewards, config.data.mode, config.placement.heartbeat_s, **placement.reward_options()
+    )
     started.append(scorer)
     return scorer
 

@@ -55,13 +55,21 @@ class Rewards:
     mode: Mode
     terms: tuple[tuple[str, float, Reward], ...]  # name, weight, function
 
-    def score(self, prompt: Prompt, completion: str) -> Score:
-        """Score one completion. Nothing a reward does is raised; nothing here stops one either."""
+    def score(
+        self,
+        prompt: Prompt,
+        completion: str,
+        begin: Callable[[int], None] = lambda number: None,
+    ) -> Score:
+        """Score one completion. Nothing a reward does is raised; nothing here stops one either.
+
+        `begin`: hears the number of each term before it is asked."""
         components: dict[str, float] = {}
         outcome: Outcome = "ok"
         answer = ""
         reasons = []
-        for name, _, reward in self.terms:
+        for number, (name, _, reward) in enumerate(self.terms):
+            begin(number)
             try:
                 result = reward(completion, prompt)
                 value = _number(result)
@@ -88,6 +96,11 @@ class Rewards:
 def failure(outcome: Outcome, reason: str) -> Score:
     """Return the score of a completion whose reward failed."""
     return Score(components={}, total=0.0, outcome=outcome, reason=reason[:_LONGEST_REASON])
+
+
+def name_of(use: str) -> str:
+    """Of a term: `lesion_iou` of `my_lab.rewards:lesion_iou`."""
+    return use.rpartition(":")[2]
 
 
 def last_line(error: BaseException) -> str:
@@ -117,15 +130,15 @@ def build_rewards(terms: Sequence[Term], mode: str, *, policy: str = "strict") -
     chosen = get_mode(mode)
     get_policy(policy)
     for term in terms:
-        name = term.use.rpartition(":")[2]
+        name = name_of(term.use)
         try:
             built.append((name, term.weight, _resolve(term, chosen, policy)))
         except UserError as error:
             problems += error.problems
-    names = [term.use.rpartition(":")[2] for term in terms]
+    names = [name_of(term.use) for term in terms]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            uses = ", ".join(term.use for term in terms if term.use.rpartition(":")[2] == name)
+            uses = ", ".join(term.use for term in terms if name_of(term.use) == name)
             problems.append(f"reward name {name!r} is used {names.count(name)} times: {uses}")
     if "mean" in names:  # `reward.mean` in metrics.jsonl is the weighted sum's
         problems.append("a reward cannot be called 'mean': rename the function")

@@ -43,10 +43,14 @@ class RewardPool:
         policy: str = "strict",
         start_timeout_s: float = 60.0,
         memory_bytes: int = _MEMORY_BYTES,
+        mark: str = "",
     ) -> None:
+        """`mark`: of a pool that this one stands in for; what that may have left is ended first."""
         plain = tuple((term.use, term.weight, dict(term.options)) for term in terms)
         setup = Setup(plain, mode, policy, timeout_s, start_timeout_s, memory_bytes)
-        self._mark = uuid.uuid4().hex
+        if mark:
+            _kill_marked(mark)
+        self._mark = mark or uuid.uuid4().hex
         self._slots = [RewardProcess(setup, self._mark) for _ in range(processes)]
         self._free: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
         # A thread a slot, and all processes are started from these: see RewardProcess.

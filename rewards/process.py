@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import Any
 
 from medrl.actors.types import Outcome, Prompt, Score
 from medrl.configs.errors import RewardError, UserError
-from medrl.rewards.compose import failure
+from medrl.rewards.compose import failure, name_of
 from medrl.rewards.environment import reward_environment
 from medrl.rewards.wire import pack, unpack
 
@@ -58,6 +60,7 @@ class RewardProcess:
         self._lock = threading.Lock()  # over _process, _link, _closed
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
+        self._running = mmap.mmap(-1, 1)  # the term it is in, counted from 1; 0: none
         self._closed = False
 
     @property
@@ -103,7 +106,7 @@ class RewardProcess:
                     scores.append(self._receive_score())
             except _Lost as lost:
                 self._kill()
-                scores.append(failure(lost.outcome, lost.reason))
+                scores.append(failure(lost.outcome, self._term() + lost.reason))
                 with contextlib.suppress(RewardError, UserError):  # be whole for the next
                     self.start()
         return scores
@@ -114,19 +117,27 @@ class RewardProcess:
             self._closed = True
         self._kill()
 
+    def _term(self) -> str:
+        """Which reward the process was in when it was lost; empty: none."""
+        number = self._running[0]
+        return f"{name_of(self._setup.terms[number - 1][0])}: " if number else ""
+
     def _open(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs, self._lock:
+        with theirs, tempfile.TemporaryFile() as note, self._lock:
             if self._closed:
                 ours.close()
                 raise RewardError("the reward pool is closed")
-            arguments = [str(theirs.fileno()), str(os.getpid()), str(self._setup.memory_bytes)]
+            note.truncate(1)
+            self._running = mmap.mmap(note.fileno(), 1)
+            passed = [theirs.fileno(), note.fileno()]
+            arguments = map(str, [*passed, os.getpid(), self._setup.memory_bytes])
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "medrl.rewards.worker", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=passed,
                 env=reward_environment(os.environ) | {"MEDRL_REWARD_POOL": self._mark},
                 start_new_session=True,  # its own group, killed as one; no Ctrl-C of a terminal
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,16 @@ def _sys_exit() -> None:
     sys.exit("no licence")
 
 
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _hang()
+
+
 def _segfault() -> None:
     ctypes.string_at(0)
 
@@ -66,9 +77,9 @@ def _memory() -> None:
 
 
 def _print() -> None:
-    for _ in range(1024):
+    for _ in range(512):  # a gigabyte
         print("x" * (1 << 20))
-        sys.stderr.write("y" * 1024)
+        print("y" * (1 << 20), file=sys.stderr)
 
 
 def _fork_and_return() -> None:
@@ -79,6 +90,13 @@ def _fork_and_die() -> None:
     if os.fork() == 0:
         time.sleep(1000)  # holds the link of its dead parent
     os._exit(4)
+
+
+def _fork_and_hang() -> None:
+    for _ in range(20):
+        if os.fork() == 0:
+            break
+    _hang()  # all of them, with the link of the first
 
 
 def _leave_children() -> None:
@@ -168,3 +186,13 @@ def always_spin(completion: str, prompt: Prompt) -> float:
 def scaled(completion: str, prompt: Prompt, *, by: float) -> float:
     """A reward with an option."""
     return by * len(completion)
+
+
+def slow(completion: str, prompt: Prompt) -> float:
+    time.sleep(0.5)
+    return 1.0
+
+
+def kill_the_actor(completion: str, prompt: Prompt) -> float:
+    os.kill(os.getppid(), signal.SIGKILL)
+    return 1.0

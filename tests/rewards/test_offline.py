@@ -86,7 +86,7 @@ def test_a_reward_that_hangs_or_crashes_costs_its_line(tmp_path):
     outcomes = ["ok", "timeout", "ok", "error", "error", "ok"]
     assert [line["outcome"] for line in read(out)] == outcomes
     assert read(out)[1]["scores"] == {}
-    assert read(out)[1]["reason"] == "took longer than 0.5 s"
+    assert read(out)[1]["reason"] == "behave: took longer than 0.5 s"
     assert summary["scores"] == {"behave": 1.0}
 
 

@@ -62,14 +62,17 @@ def pool():
 @pytest.mark.parametrize(
     ("action", "outcome", "reason"),
     [
-        ("hang", "timeout", "took longer than 1 s"),
-        ("spin", "timeout", "took longer than 1 s"),
-        ("regex", "timeout", "took longer than 1 s"),
-        ("exit", "error", "the reward process died: exit status 3"),
-        ("segfault", "error", "the reward process died: signal SIGSEGV"),
-        ("fork_and_die", "error", "the reward process died: exit status 4"),
+        ("hang", "timeout", "behave: took longer than 1 s"),
+        ("spin", "timeout", "behave: took longer than 1 s"),
+        ("regex", "timeout", "behave: took longer than 1 s"),
+        ("stop", "timeout", "behave: took longer than 1 s"),
+        ("ignore_signals", "timeout", "behave: took longer than 1 s"),
+        ("fork_and_hang", "timeout", "behave: took longer than 1 s"),
+        ("exit", "error", "behave: the reward process died: exit status 3"),
+        ("segfault", "error", "behave: the reward process died: signal SIGSEGV"),
+        ("fork_and_die", "error", "behave: the reward process died: exit status 4"),
         ("close_all", "error", "the reward process"),
-        ("write_everywhere", "error", "the reward process answered nonsense"),
+        ("write_everywhere", "error", "behave: the reward process answered nonsense"),
         ("sys_exit", "error", "behave: SystemExit: no licence"),
         ("raise", "error", "behave: LookupError: no such lesion"),
         ("recurse", "error", "behave: RecursionError"),
@@ -87,8 +90,27 @@ async def test_a_failing_reward_costs_its_completion_only(
     assert time.monotonic() - begin < 2 * 1.0 + 3.0
     assert len(set(pool.pids)) == 2
     assert all(map(alive, pool.pids))
+    assert until(lambda: family(pool) == set(pool.pids))  # no child is left
     again = await asyncio.gather(*(pool.score(make_prompt(), ["fine"] * 4) for _ in range(4)))
     assert {score.outcome for scores in again for score in scores} == {"ok"}
+
+
+async def test_a_reward_that_hangs_is_named_among_others(make_prompt):
+    """What was scored in time before it, and what comes after it, is not blamed."""
+    terms = (RewardTerm(use="format"), *BEHAVE, RewardTerm(use="hostile_rewards:length"))
+    with RewardPool(terms, "no-think", 1, 1.0) as pool:
+        scores = await pool.score(make_prompt(), ["spin", "exit", "fine"])
+    assert [score.reason for score in scores[:2]] == [
+        "behave: took longer than 1 s",
+        "behave: the reward process died: exit status 3",
+    ]
+    assert scores[2].components["length"] == 4
+
+
+async def test_where_memory_ends_the_kernel_ends_rewards_first(pool):
+    """And neither an engine nor a learner rank."""
+    scores = [Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in pool.pids]
+    assert scores == ["1000", "1000"]
 
 
 async def test_a_reward_that_eats_memory_costs_its_completion(make_prompt):

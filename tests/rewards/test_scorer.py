@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -124,6 +126,7 @@ def mark(monkeypatch):
     monkeypatch.setenv("RAY_DISABLE_USAGE_STATS", "1")
     variables = {"PYTHONPATH": str(Path(__file__).parent), "REWARD_MARK": mark}
     ray.init(
+        address="local",  # whatever else runs on the machine
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
@@ -147,7 +150,7 @@ async def test_a_ray_scorer_scores_groups_survives_its_actor_and_leaves_nothing(
         assert scored.scores[0].components["length"] == len(TEXTS[0])
     first = marked(mark)
     assert len(first) == CONFIG.processes
-    ray.kill(scorer._actor, no_restart=False)
+    ray.kill(scorer._actor)
     assert await until(lambda: not first & marked(mark))  # they follow the actor
     assert (await scorer.score_group(group)).scores[0].outcome == "ok"
     assert len(marked(mark)) == CONFIG.processes
@@ -156,3 +159,52 @@ async def test_a_ray_scorer_scores_groups_survives_its_actor_and_leaves_nothing(
     assert await until(lambda: not marked(mark))
     with pytest.raises(RewardError, match="reward actor"):
         await scorer.score_group(group)
+
+
+async def pid_of(scorer) -> int:
+    pid: int = await scorer._actor.__ray_call__.remote(lambda actor: os.getpid())
+    return pid
+
+
+@pytest.mark.engines
+async def test_an_actor_that_dies_or_hangs_is_started_again_and_no_score_is_lost(make_prompt, mark):
+    """Whatever groups are with it are scored by the next one, and it is said once."""
+    from medrl.rewards.actor import RayScorer
+
+    terms = (*CONFIG.terms, RewardTerm(use="hostile_rewards:slow"))
+    config = CONFIG.model_copy(update={"terms": terms, "timeout_s": 60.0})
+    scorer, told = RayScorer(config, "no-think", heartbeat_s=10.0), []
+    scorer.tell = told.append
+    group = group_of(make_prompt("C"))
+    await scorer.score_group(group)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        pid = await pid_of(scorer)
+        scoring = [asyncio.create_task(scorer.score_group(group)) for _ in range(6)]
+        await asyncio.sleep(0.2)
+        os.kill(pid, number)
+        for scored in await asyncio.gather(*scoring):
+            assert [score.outcome for score in scored.scores] == ["ok", "wrong", "unparsed"]
+    assert [(one.who, one.event) for one in told] == [
+        ("rewards", "left"),
+        ("rewards", "returned"),
+    ] * 2
+    assert "died" in told[0].cause
+    assert "hangs: no answer to a ping within 10 s" in told[2].cause
+    assert all(one.seconds > 0 for one in told[1::2])
+    await scorer.close()
+    assert await until(lambda: not marked(mark))
+
+
+@pytest.mark.engines
+async def test_completions_that_kill_the_actor_again_and_again_end_in_the_first_cause(
+    make_prompt, mark
+):
+    from medrl.rewards.actor import RayScorer
+
+    terms = (RewardTerm(use="hostile_rewards:kill_the_actor"),)
+    scorer, told = RayScorer(CONFIG.model_copy(update={"terms": terms}), "no-think"), []
+    scorer.tell = told.append
+    with pytest.raises(RewardError, match=r"died: .*\nthe reward actor died 4 times over .* row-1"):
+        await scorer.score_group(group_of(make_prompt("C")))
+    assert [one.event for one in told] == ["left", "given up"]
+    await scorer.close()
