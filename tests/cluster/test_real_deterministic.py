@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from real_runs import finish, medrl, wait_for
+from real_runs import finish, kill_all_of, medrl, wait_for
 
 from medrl.reports.lines import read_lines
 
@@ -53,17 +52,6 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(
     evaluations = [read_lines(run / "evals.jsonl") for run in (whole, killed)]
     assert evaluations[0] == evaluations[1]
     assert [line["step"] for line in evaluations[0]] == [0, 2, 4]
-
-
-def kill_all_of(pid: int) -> None:
-    """SIGKILL to a process and all it started, as a machine that loses its power does."""
-    parent = psutil.Process(pid)
-    family = [parent, *parent.children(recursive=True)]
-    for one in family:
-        one.suspend()  # so that nobody starts anything, or ends by itself, meanwhile
-    for one in family:
-        one.kill()
-    psutil.wait_procs(family[1:], timeout=15)
 
 
 def sampled(run: Path) -> dict[int, list[Any]]:
