@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from medrl.actors.types import ScoredGroup
 
@@ -39,6 +40,26 @@ class BufferState:
     uniform: tuple[int, ...] = ()  # of the draws that are ready: the next batch may replace them
     replaced: tuple[ScoredGroup, ...] = ()  # for a batch that became no version; out for good
     spent: int = 0  # how many of them count as the next batch's
+
+
+class Buffer(Protocol):
+    """What the loop asks of a buffer; `GroupBuffer` says what each does."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def replaced(self) -> list[ScoredGroup]: ...
+
+    async def admit(self) -> int | None: ...
+
+    async def put(self, group: ScoredGroup) -> None: ...
+
+    async def take(self) -> list[ScoredGroup]: ...
+
+    async def advance(self, version: int) -> None: ...
+
+    async def fail(self, error: BaseException) -> None: ...
 
 
 class GroupBuffer:

@@ -28,6 +28,7 @@ from medrl.learner.learner import Learner
 FIXED_KEYS = (
     "run.method",
     "run.seed",
+    "run.deterministic",
     "model.path",
     "data.train",
     "data.mode",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medrl.cluster import data_commands, report_command
+from medrl.cluster import data_commands, replay_command, report_command
 from medrl.cluster.console import make_console
 from medrl.cluster.interrupt import Interrupted
 from medrl.configs.errors import MedrlError, UserError
@@ -32,6 +30,7 @@ data_app = typer.Typer(help="Make, check, split and import data sets.", no_args_
 app.add_typer(data_app, name="data")
 data_commands.register(data_app)
 report_command.register(app)
+replay_command.register(app)
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MOST_PROBLEMS = 200  # lines; a data set wrong in every row would flood the terminal
@@ -251,41 +250,6 @@ def score(
     summary = score_any(source, out, mode=mode, policy=policy, rewards=rewards)
     show_scores(summary, make_console())
     return FAILED if summary.get("differing") else OK
-
-
-@data_app.command()
-def phantom(
-    out: Annotated[Path, typer.Option(help="A new folder: OUT/train and OUT/test.")],
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1536,
-    test: Annotated[int, typer.Option(min=1, help="Held-out images.")] = 96,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same set.")] = 0,
-    size: Annotated[int, typer.Option(min=56, max=1024, help="Pixels a side.")] = 84,
-    options: Annotated[
-        str, typer.Option(help="ordered (easier) or shuffled: how a question's options stand.")
-    ] = "ordered",
-) -> int:
-    """Draw a phantom data set in OmniMedVQA's layout: eight modalities, five question types."""
-    from medrl.data.phantoms import Options, generate
-
-    if options not in ("ordered", "shuffled"):
-        raise UserError(f"--options: got {options!r}, needs ordered or shuffled")
-    if out.exists():
-        raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    wanted: Options = "ordered" if options == "ordered" else "shuffled"
-    try:
-        made = generate(aside, train=train, test=test, seed=seed, size=size, options=wanted)
-        aside.rename(out)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    make_console().print(
-        f"{out}/train: {made.train_questions} questions, {out}/test: {made.test_questions}, "
-        "without a common image",
-        highlight=False,
-    )
-    return OK
 
 
 def _quiet_libraries() -> Any:

@@ -1,8 +1,10 @@
-"""`medrl data lint`, `split`, `import`. Exit status of lint: 0 no problems, 1 some, 2 no data."""
+"""`medrl data ...`. Exit status of lint: 0 no problems, 1 some, 2 no data."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +37,40 @@ Root = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave rows with problems out and count them.")
 ]
+
+
+def phantom(
+    out: Annotated[Path, typer.Option(help="A new folder: OUT/train and OUT/test.")],
+    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1536,
+    test: Annotated[int, typer.Option(min=1, help="Held-out images.")] = 96,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same set.")] = 0,
+    size: Annotated[int, typer.Option(min=56, max=1024, help="Pixels a side.")] = 84,
+    options: Annotated[
+        str, typer.Option(help="ordered (easier) or shuffled: how a question's options stand.")
+    ] = "ordered",
+) -> int:
+    """Draw a phantom data set in OmniMedVQA's layout: eight modalities, five question types."""
+    from medrl.data.phantoms import Options, generate
+
+    if options not in ("ordered", "shuffled"):
+        raise UserError(f"--options: got {options!r}, needs ordered or shuffled")
+    if out.exists():
+        raise UserError(f"--out: {out} exists already; name a new folder, or delete it")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    wanted: Options = "ordered" if options == "ordered" else "shuffled"
+    try:
+        made = generate(aside, train=train, test=test, seed=seed, size=size, options=wanted)
+        aside.rename(out)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    make_console().print(
+        f"{out}/train: {made.train_questions} questions, {out}/test: {made.test_questions}, "
+        "without a common image",
+        highlight=False,
+    )
+    return 0
 
 
 def lint(
@@ -183,6 +219,7 @@ def pass_rates(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `medrl data`."""
+    app.command()(phantom)
     app.command()(lint)
     app.command()(split)
     app.command("import")(import_)

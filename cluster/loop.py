@@ -19,7 +19,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from medrl.actors.buffer import GroupBuffer
+from medrl.actors.buffer import Buffer
 from medrl.actors.sampler import Sampler
 from medrl.actors.types import RolloutRequest
 from medrl.cluster.journal import Journal
@@ -36,7 +36,7 @@ class Parts:
     request: Callable[[int], RolloutRequest]  # draw -> what to ask an engine
     sampler: Sampler
     scorer: Scorer
-    buffer: GroupBuffer
+    buffer: Buffer
     learner: Learner
     sync: Sync
     journal: Journal

@@ -37,22 +37,27 @@ class Manifest:
     files: dict[str, Entry]
 
 
-_manifest = TypeAdapter(Manifest)
+manifest_type = TypeAdapter(Manifest)
 
 
 def seal(folder: Path) -> None:
     """Have the disk hold every file of `folder`, then what they are. Blocks; raises `OSError`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(WORKERS) as pool:
-        entries = list(pool.map(_entry, paths))
+    manifest = manifest_of(folder, paths)
     for path in paths:
         flush(path)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    manifest = Manifest(files=dict(zip(names, entries, strict=True)))
-    (folder / FILE).write_bytes(_manifest.dump_json(manifest, indent=1))
+    (folder / FILE).write_bytes(manifest_type.dump_json(manifest, indent=1))
     flush(folder / FILE)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
+
+
+def manifest_of(folder: Path, paths: Sequence[Path]) -> Manifest:
+    """What the files at `paths`, all in `folder`, are. Blocks; raises `OSError`."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        entries = list(pool.map(_entry, paths))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return Manifest(files=dict(zip(names, entries, strict=True)))
 
 
 def damage(folder: Path, *, digests: bool = True) -> str:
@@ -61,11 +66,16 @@ def damage(folder: Path, *, digests: bool = True) -> str:
     Without `digests` only sizes are looked at. A file that was added is no damage: nothing reads a
     file of a checkpoint that it did not write."""
     try:
-        manifest = _manifest.validate_json((folder / FILE).read_bytes())
+        manifest = manifest_type.validate_json((folder / FILE).read_bytes())
     except FileNotFoundError:
         return f"it has no {FILE}"
     except (OSError, ValidationError) as error:
         return f"{FILE} cannot be read: {_short(error)}"
+    return other_than(folder, manifest, digests=digests)
+
+
+def other_than(folder: Path, manifest: Manifest, *, digests: bool = True) -> str:
+    """What of `folder` is not as `manifest` says, "" where nothing is. Blocks."""
     files = manifest.files.items()
     sizes = (_other_size(folder, name, entry) for name, entry in files)
     if found := next(filter(None, sizes), ""):

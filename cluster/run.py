@@ -27,6 +27,7 @@ from medrl.cluster.journal import Journal, Listener
 from medrl.cluster.placement import Placement, cluster, placed
 from medrl.cluster.prepare import Prepared
 from medrl.cluster.publish import Prometheus, WeightsAndBiases
+from medrl.cluster.recording import record_start
 from medrl.cluster.requests import Requests, requests_of
 from medrl.cluster.start import System, system
 from medrl.cluster.trainers import make_trainer
@@ -82,6 +83,8 @@ async def run_placed(
     config, checked = prepared.config, prepared.checked
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
+    if not prepared.checkpoint:
+        await asyncio.to_thread(record_start, config.run_dir, config.model.path)
     listeners: list[Listener] = [display, Prometheus(config.run.name)]
     wandb = WeightsAndBiases(config, config.run_dir) if config.run.wandb_project else None
     if wandb:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from medrl.actors.buffer import BufferState, GroupBuffer
+from medrl.actors.buffer import Buffer, BufferState, GroupBuffer
 from medrl.cluster.journal import Journal
 from medrl.cluster.loop import Parts, train
 from medrl.cluster.requests import Requests
@@ -86,19 +86,33 @@ class Grpo:
     async def train(self, after_step: AfterStep) -> None:
         self._system.sampler.take_idle_seconds()
         await train(
-            Parts(
-                request=self._requests.train,
-                sampler=self._system.sampler,
-                scorer=self._system.scorer,
-                buffer=self._buffer,
-                learner=self._system.learner,
-                sync=self._system.sync,
-                journal=self._journal,
-                after_step=after_step,
-                max_failed_fraction=self._config.reward.max_failed_fraction,
-                take_turns=self._config.placement.colocate,
+            parts_of(
+                self._config, self._requests, self._system, self._journal, self._buffer, after_step
             )
         )
+
+
+def parts_of(
+    config: Config,
+    requests: Requests,
+    system: System,
+    journal: Journal,
+    buffer: Buffer,
+    after_step: AfterStep,
+) -> Parts:
+    """What the loop joins, of a run that is up."""
+    return Parts(
+        request=requests.train,
+        sampler=system.sampler,
+        scorer=system.scorer,
+        buffer=buffer,
+        learner=system.learner,
+        sync=system.sync,
+        journal=journal,
+        after_step=after_step,
+        max_failed_fraction=config.reward.max_failed_fraction,
+        take_turns=config.placement.colocate,
+    )
 
 
 class Imitation:

@@ -49,11 +49,6 @@ def _of_rollout(config: Config) -> list[str]:
             f"learner.importance_cap: got 0 with rollout.staleness {rollout.staleness}; stale "
             "completions need an importance correction, e.g. learner.importance_cap = 2.0"
         )
-    if config.run.deterministic and rollout.staleness:
-        problems.append(
-            f"run.deterministic: true with rollout.staleness {rollout.staleness}; which version "
-            "samples a group then depends on timing, set rollout.staleness = 0"
-        )
     if learner.importance_cap and (rollout.top_p < 1 or rollout.top_k):
         problems.append(
             "learner.importance_cap: the correction needs the sampler's full distribution; set "

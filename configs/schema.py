@@ -34,7 +34,8 @@ class RunConfig(Section):
     """Order of prompts and every sampling stream derive from it."""
     deterministic: bool = False
     """The same seed gives the same completions and losses, whatever the timing, and in a run that
-    was killed and resumed too. An engine then works on one group at a time, which is slower."""
+    was killed and resumed too; with rollout.staleness above 0, where timing decides which version
+    samples a group, `medrl replay` does. An engine works on one group at a time: slower."""
     steps: int = Field(100, ge=0)
     """Optimiser batches to train; 0 evaluates the starting model only."""
     epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
