@@ -30,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from medrl.actors.leftovers import name_shared_memory
 from medrl.actors.types import WeightMeta
 from medrl.actors.wire import broadcast, buffer_bytes, digest, open_gloo, split_buckets, views
 
@@ -44,9 +45,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def register() -> None:
-    """Make the receivers known to vLLM in this process; again is harmless."""
+    """Make the receivers known to vLLM in this process, and the process one that leaves nothing
+    behind; again is harmless."""
     if parent := multiprocessing.parent_process():
         _end_with(parent.pid)
+    name_shared_memory()
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     for backend, (module, name) in BACKENDS.items():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medrl.actors.chat import forbidden_token_ids, render_chat
+from medrl.actors.leftovers import clear
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
 from medrl.actors.vllm_calls import read_completion, sampling_params
 from medrl.actors.vllm_start import engine_options, output_to, start
@@ -178,7 +178,7 @@ class VllmEngine:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # else it reports the end of its process as a failure
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            clear(self._scratch)
 
     async def _wake(self) -> None:
         if self._asleep:

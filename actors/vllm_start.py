@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from medrl.actors.leftovers import name_shared_memory
 from medrl.configs.schema import ModelConfig, RolloutConfig
 
 _GIB = 1024**3
@@ -81,8 +82,9 @@ def _cache_bytes(model: ModelConfig, rollout: RolloutConfig, running: int) -> in
 def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"], scratch: Path) -> Any:
     """Start vLLM in processes of its own. Its settings by environment precede its import.
 
-    Its sockets and other temporary files go into the folder `scratch`, for it leaves them behind
-    when it is killed."""
+    Its sockets and other temporary files go into the folder `scratch`, and its shared memory is
+    named after it, for it leaves them behind when it is killed."""
+    name_shared_memory(scratch)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device == "cpu":

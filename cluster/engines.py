@@ -6,7 +6,7 @@ Where several runs share them (an experiment), they outlive each run.
 from __future__ import annotations
 
 import asyncio
-import shutil
+import re
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +16,7 @@ from typing import Literal
 from uuid import uuid4
 
 from medrl.actors.actor import RayEngine, create_engine
+from medrl.actors.leftovers import clear, clear_all
 from medrl.actors.pool import EnginePool
 from medrl.actors.sampler import Sampler
 from medrl.cluster.closing import close_all
@@ -27,6 +28,7 @@ from medrl.configs.errors import EngineError
 from medrl.configs.schema import Config, ModelConfig
 from medrl.rewards.scorer import StrictScorer
 
+_SCRATCH = re.compile("medrl-[0-9a-f]{12}")
 MAX_SEQUENCES = 256  # completions an engine works on at once; more wait for whoever is free first
 
 
@@ -49,11 +51,13 @@ class Engines:
         # A short path of this run's own: Unix sockets lie in it.
         self._scratch = Path(tempfile.gettempdir()) / f"medrl-{uuid4().hex[:12]}"
         self._numbers = count()
+        self._folders: dict[int, Path] = {}  # of the last engine of an index
         self._started: list[RayEngine] = []
         self.pool = EnginePool()
 
     async def start(self) -> EnginePool:
         """All of them, at once; each is stale."""
+        self._clear_after_a_kill()
         indices = range(self._config.placement.engines)
         for index, engine in enumerate(await asyncio.gather(*map(self.start_one, indices))):
             self.pool.add(index, engine)
@@ -70,6 +74,10 @@ class Engines:
 
     async def _create(self, index: int) -> RayEngine:
         config = self._config
+        if index in self._folders:
+            clear(self._folders[index])  # one that was killed could not
+        # One that is started again does not meet what the one before left.
+        self._folders[index] = self._scratch / str(next(self._numbers))
         return await create_engine(
             options=self._placement.engine_options(index),
             on_created=self._started.append,
@@ -87,8 +95,7 @@ class Engines:
             workers=workers(config, self._placement),
             colocated=config.placement.colocate,
             deterministic=config.run.deterministic,
-            # One that is started again does not meet what the one before left.
-            scratch=self._scratch / str(next(self._numbers)),
+            scratch=self._folders[index],
             log_path=self._logs / f"engine_{index}.log" if self._logs else None,
         )
 
@@ -107,7 +114,16 @@ class Engines:
 
     async def close(self) -> None:
         await close_all(self._started)
-        shutil.rmtree(self._scratch, ignore_errors=True)  # an engine that was killed could not
+        clear_all(self._scratch)  # an engine that was killed could not
+
+    def _clear_after_a_kill(self) -> None:
+        """A run that is resumed deletes what it left on this machine when all of it was killed."""
+        if self._logs:
+            note = self._logs / "scratch"
+            left = Path(note.read_text(encoding="utf-8")) if note.exists() else Path()
+            if _SCRATCH.fullmatch(left.name):  # whoever wrote there: no other folder is deleted
+                clear_all(left)
+            note.write_text(str(self._scratch), encoding="utf-8")
 
 
 @asynccontextmanager
