@@ -128,7 +128,7 @@ class Run:
         self._served: int | None = None  # the version a receipt of this run proves
         self._stopping: asyncio.Task[None] | None = None
         self._crashes = Crashes()
-        system.pool.tell = self._tell
+        system.pool.tell = system.scorer.tell = self._tell
         self._evaluated: int | None = None  # the step of the last evaluation
 
     def stop(self) -> None:
@@ -191,7 +191,7 @@ class Run:
             raise
         except LearnerError as error:
             # One that refused a batch made no optimiser step, or some of several.
-            if not error.died and self._config.learner.updates_per_batch == 1:
+            if not error.died and not error.half_way:
                 await self._try_to_save()
             raise
         except (WeightSyncError, UserError):
@@ -226,7 +226,7 @@ class Run:
                 self._served = step
             self._journal.refuse_gap()
             every = self._config.run.checkpoint_every
-            if every and step % every == 0:
+            if (every and step % every == 0) or step == self._crashes.furthest:
                 try:
                     await self._save()
                 except CheckpointError as error:

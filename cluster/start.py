@@ -94,6 +94,7 @@ async def _learner(
         world=config.placement.learners,
         options_for_rank=placement.rank_options,
         timeout_s=config.placement.start_timeout_s,
+        heartbeat_s=config.placement.heartbeat_s,
     )
     started.append(learner)
     return learner

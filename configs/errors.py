@@ -47,6 +47,14 @@ class EngineError(MedrlError):
 class LearnerError(MedrlError):
     """A learner rank failed."""
 
+    certain = False
+    """Of a death: whether a rank's own code raised it, rather than a process or a connection that
+    broke. The same twice in a row is then no accident."""
+
+    half_way = False
+    """Of a refusal: whether some of a batch's optimiser steps were made, so that the weights are of
+    no version."""
+
 
 class RewardError(MedrlError):
     """More completions failed to be scored than `reward.max_failed_fraction` allows."""

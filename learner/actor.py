@@ -1,7 +1,8 @@
 """The learner on Ray: a process a rank, and the `Learner` that speaks to all of them.
 
 A call goes to every rank, for each is a collective. The first failure is told with the rank it came
-from; the others are left to the collective's own timeout.
+from; the others are left to the collective's own timeout. While a call goes on, a second thread of
+each rank answers pings: a process that is stopped, or stuck with the interpreter's lock, does not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from medrl.actors.actor import death
+from medrl.actors.heartbeat import Hangs, answer
 from medrl.actors.types import (
     Example,
     Group,
@@ -33,6 +36,13 @@ _GRACE_S = 5.0
 """How long to wait for other ranks' errors after the first: the one that lost its peer may report
 before the peer's death is known."""
 
+_FILES = 10.0
+"""Times heartbeat_s for calls that read or write files: one large tensor may hold the interpreter's
+lock as long as a slow disk takes for it."""
+
+_PING = "ping"  # Ray's name for the thread that answers
+_NO_PING = 0.0  # for calls whose caller has a deadline
+
 
 class LearnerRankActor:
     """Shell of `DeepSpeedRank` in a Ray process; built by `create_learner`."""
@@ -40,6 +50,9 @@ class LearnerRankActor:
     def __init__(self, settings: LearnerSettings, rank: int, world: int) -> None:
         self._settings, self._rank, self._world = settings, rank, world
         self._engine: Any = None
+
+    def ping(self) -> None:
+        """Answer, also while another call is at work."""
 
     def free_address(self) -> tuple[str, int]:
         """This node's address, and a port that is free there now."""
@@ -55,11 +68,13 @@ class LearnerRankActor:
         )
 
     def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
-        metrics: UpdateMetrics = self._engine.update(batch)
+        with self._advice():
+            metrics: UpdateMetrics = self._engine.update(batch)
         return metrics
 
     def imitate(self, batch: Sequence[Example]) -> ImitationMetrics:
-        metrics: ImitationMetrics = self._engine.imitate(batch)
+        with self._advice():
+            metrics: ImitationMetrics = self._engine.imitate(batch)
         return metrics
 
     def logprobs(self, group: Group) -> tuple[tuple[float, ...], ...]:
@@ -94,6 +109,11 @@ class LearnerRankActor:
             self._engine.close()
             self._engine = None
 
+    def _advice(self) -> AbstractContextManager[None]:
+        from medrl.learner.memory import advice_on_memory
+
+        return advice_on_memory(self._settings, self._rank)
+
 
 async def create_learner(
     settings: LearnerSettings,
@@ -101,13 +121,15 @@ async def create_learner(
     world: int,
     options_for_rank: Callable[[int], Mapping[str, Any]],
     timeout_s: float,
+    heartbeat_s: float,
 ) -> RayLearner:
-    """Start `world` ranks, each with the Ray actor options of its number, and load the model.
+    """Start `world` ranks, each with the Ray actor options of its number, and load the model. One
+    that then answers no ping within `heartbeat_s` of a call counts as dead.
 
     Raises `LearnerError` where they are not up within `timeout_s`, `UserError` for a model that
     cannot be trained.
     """
-    remote = ray.remote(LearnerRankActor)
+    remote = ray.remote(concurrency_groups={_PING: 1})(LearnerRankActor)
 
     def make() -> list[Any]:
         return [
@@ -115,7 +137,7 @@ async def create_learner(
             for rank in range(world)
         ]
 
-    learner = RayLearner(make, timeout_s)
+    learner = RayLearner(make, timeout_s, heartbeat_s)
     await learner.restart()
     return learner
 
@@ -123,10 +145,13 @@ async def create_learner(
 class RayLearner:
     """Obeys `learner.learner.Learner` over rank actors. Build it with `create_learner`."""
 
-    def __init__(self, make: Callable[[], Sequence[Any]], timeout_s: float) -> None:
+    def __init__(
+        self, make: Callable[[], Sequence[Any]], timeout_s: float, heartbeat_s: float
+    ) -> None:
         """`make`: new rank actors, in order; they have `timeout_s` to load the model."""
         self._make = make
         self._timeout_s = timeout_s
+        self._heartbeat_s = heartbeat_s
         self._ranks: list[Any] = []
 
     async def restart(self) -> None:
@@ -136,7 +161,9 @@ class RayLearner:
         try:
             async with asyncio.timeout(self._timeout_s):
                 address, port = await self.transfer_address()
-                await self.each("start", lambda rank: rank.start.remote(address, port))
+                await self.each(
+                    "start", lambda rank: rank.start.remote(address, port), patience=_NO_PING
+                )
         except TimeoutError as error:
             text = (
                 f"{len(self._ranks)} learner rank(s) were not up within {self._timeout_s:g} s: "
@@ -177,7 +204,12 @@ class RayLearner:
 
     async def transfer_address(self) -> tuple[str, int]:
         address: tuple[str, int] = (
-            await self.each("address", lambda rank: rank.free_address.remote(), self._ranks[:1])
+            await self.each(
+                "address",
+                lambda rank: rank.free_address.remote(),
+                self._ranks[:1],
+                patience=_NO_PING,
+            )
         )[0]
         return address
 
@@ -189,13 +221,13 @@ class RayLearner:
         return sent
 
     async def save(self, folder: Path) -> None:
-        await self.each("saving", lambda rank: rank.save.remote(folder))
+        await self.each("saving", lambda rank: rank.save.remote(folder), patience=_FILES)
 
     async def load(self, folder: Path) -> None:
-        await self.each("loading", lambda rank: rank.load.remote(folder))
+        await self.each("loading", lambda rank: rank.load.remote(folder), patience=_FILES)
 
     async def export(self, folder: Path) -> None:
-        await self.each("exporting", lambda rank: rank.export.remote(folder))
+        await self.each("exporting", lambda rank: rank.export.remote(folder), patience=_FILES)
 
     async def close(self) -> None:
         """Safe to call twice; `restart` may follow."""
@@ -204,16 +236,25 @@ class RayLearner:
             ray.kill(rank)
 
     async def each(
-        self, what: str, call: Callable[[Any], Awaitable[Any]], ranks: Sequence[Any] | None = None
+        self,
+        what: str,
+        call: Callable[[Any], Awaitable[Any]],
+        ranks: Sequence[Any] | None = None,
+        *,
+        patience: float = 1.0,
     ) -> list[Any]:
-        """`call` on every rank at once; their answers in order of rank."""
+        """`call` on every rank at once; their answers in order of rank. Each has to answer pings
+        within `patience` times heartbeat_s meanwhile; 0: none."""
         if not self._ranks:
             raise LearnerError(f"{what}: the learner is closed")
 
-        async def answer(rank: Any) -> Any:
-            return await call(rank)
+        async def ask(rank: Any) -> Any:
+            if not patience:
+                return await call(rank)
+            ping = rank.ping.options(concurrency_group=_PING).remote
+            return await answer(call(rank), ping, patience * self._heartbeat_s)
 
-        tasks = [asyncio.create_task(answer(rank)) for rank in ranks or self._ranks]
+        tasks = [asyncio.create_task(ask(rank)) for rank in ranks or self._ranks]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if any(task.done() and task.exception() for task in tasks):
@@ -239,14 +280,23 @@ def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
         if isinstance(error, RayActorError):
             text = f"learner rank {rank} died ({what}): {death(error)}"
             return _with_cause(as_death(LearnerError(text)), error)
+        if isinstance(error, Hangs):
+            return as_death(LearnerError(f"learner rank {rank} ({what}) {error}"))
     for _, error in failures:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, MedrlError):
+        if isinstance(cause := _cause(error), MedrlError):
             return _with_cause(cause, error)
-    rank, error = failures[0]
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    text = f"learner rank {rank} failed ({what}): {type(cause).__name__}: {cause}"
-    return _with_cause(as_death(LearnerError(text)), error)
+    # A broken collective is a RuntimeError. What is none is a rank's own, and broke the others'.
+    own = [(rank, error) for rank, error in failures if not isinstance(_cause(error), RuntimeError)]
+    rank, error = (own or failures)[0]
+    cause = _cause(error)
+    told = LearnerError(f"learner rank {rank} failed ({what}): {type(cause).__name__}: {cause}")
+    told.certain = bool(own)
+    return _with_cause(as_death(told), error)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised on the rank; Ray wraps it."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def _with_cause(error: MedrlError, cause: BaseException) -> MedrlError:

@@ -252,6 +252,8 @@ def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DEEPSPEED_LOG_LEVEL": "warning",
     }
+    # Past its timeout a collective on GPUs ends the process; else it would wait for ever.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     import deepspeed
 
     silence()

@@ -12,7 +12,8 @@ A loss or gradient that is no number is refused before it reaches the weights (`
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,16 @@ class _Part:
     denominators: Denominators
 
 
+@contextmanager
+def _half_way(stepped: bool) -> Iterator[None]:
+    """Have a refusal in the block say whether optimiser steps were made before."""
+    try:
+        yield
+    except LearnerError as error:
+        error.half_way = stepped
+        raise
+
+
 class Updater:
     """Trains batches of scored groups on one rank."""
 
@@ -55,7 +66,7 @@ class Updater:
 
     def update(self, batch: Sequence[ScoredGroup], version: int) -> UpdateMetrics:
         """`version`: of the weights before this update. Raises `LearnerError`; the weights are
-        then whole, but a part of the batch's optimiser steps may be made."""
+        then whole, but a part of the batch's optimiser steps may be made (`half_way`)."""
         started = time.perf_counter()
         config = self._settings.learner
         advantages, same = self._advantages(batch)
@@ -77,12 +88,13 @@ class Updater:
         old = [self._logprobs(rows) if len(parts) > 1 else None for rows in work]
         sums = Sums(version, len(batch), self._stepper.device)
         rate = learning_rate(config, version, self._settings.total_steps)
-        norms = []
+        norms: list[float] = []
         for part, rows, start in zip(parts, work, old, strict=True):
-            loss = self._accumulate(rows, start, part.denominators, sums)
-            refuse_not_finite(self._stepper, "loss", loss, version, _HINT)
-            norms.append(self._stepper.step(rate))
-            refuse_not_finite(self._stepper, "gradient's norm", norms[-1], version, _HINT)
+            with _half_way(bool(norms)):
+                loss = self._accumulate(rows, start, part.denominators, sums)
+                refuse_not_finite(self._stepper, "loss", loss, version, _HINT)
+                norms.append(self._stepper.step(rate))
+                refuse_not_finite(self._stepper, "gradient's norm", norms[-1], version, _HINT)
         totals = sums.over_ranks(self._stepper.reduce)
         return UpdateMetrics(
             loss=totals["loss"] / len(parts),

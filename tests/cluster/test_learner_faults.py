@@ -195,11 +195,66 @@ async def test_a_crash_loop_ends_with_the_first_cause_on_top(tmp_path: Path) -> 
     assert whole.learner.restarts == MAX_DEATHS - 1
     checkpoint, _ = Checkpoints(whole.folder / "checkpoints", 2).newest_whole()
     assert checkpoint is not None
-    assert checkpoint.name == "step_4"
+    assert checkpoint.name == "step_6"  # between two multiples of EVERY: the best there is
+
+
+async def test_what_a_ranks_own_code_raises_twice_ends_the_run_with_a_checkpoint_before_it(
+    tmp_path: Path,
+) -> None:
+    """Memory that ends on one batch ends on it again: nothing is gained by two more tries."""
+
+    class Full(FrailLearner):
+        async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
+            if self.updates == 6:
+                self._calls["full"] += 1
+                told = LearnerError(
+                    f"out of memory; lower it\nrank {self._calls['full'] % 2}: 2 GiB"
+                )
+                told.certain = True
+                raise as_death(told)
+            return await super().update(batch)
+
+    whole = WholeRun(tmp_path, kind=Full)
+    with pytest.raises(LearnerError, match="the same twice at step 7") as caught:
+        await whole.run.go(None)
+    assert str(caught.value).startswith("out of memory; lower it\n")
+    assert whole.learner.restarts == 1
+    assert Checkpoints(whole.folder / "checkpoints", 2).steps() == [4, 6]
+
+
+async def test_what_a_rank_raises_once_is_done_again(tmp_path: Path) -> None:
+    class Once(FrailLearner):
+        async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
+            if self.updates in (3, 6) and not self._calls[f"at {self.updates}"]:
+                self._calls[f"at {self.updates}"] += 1
+                told = LearnerError("learner rank 0 failed (update): KeyError: 'x'")
+                told.certain = True
+                raise as_death(told)
+            return await super().update(batch)
+
+    whole = WholeRun(tmp_path, kind=Once)
+    await whole.run.go(None)
+    assert whole.learner.restarts == 2
+    assert draws_trained(whole.folder) == list(range(4 * STEPS))
+
+
+async def test_weights_of_half_a_batch_are_in_no_checkpoint(tmp_path: Path) -> None:
+    class Half(FrailLearner):
+        async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
+            if self.updates == 6:
+                told = LearnerError("step 7: the loss is nan")
+                told.half_way = True
+                raise told
+            return await super().update(batch)
+
+    whole = WholeRun(tmp_path, kind=Half)
+    with pytest.raises(LearnerError, match="the loss is nan"):
+        await whole.run.go(None)
+    assert Checkpoints(whole.folder / "checkpoints", 2).steps() == [4]
 
 
 async def test_deaths_with_steps_in_between_are_no_crash_loop(tmp_path: Path) -> None:
-    deaths = [f"update {n}" for n in (2, 4, 7, 11, 16, 22)]  # each a step after the one before
+    deaths = [f"update {n}" for n in (2, 5, 8, 11, 13, 16)]  # each a step after the one before
     whole = WholeRun(tmp_path, deaths)
     await whole.run.go(None)
     assert whole.learner.restarts == len(deaths) > MAX_DEATHS

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     os.environ["RAY_DISABLE_USAGE_STATS"] = "1"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -34,6 +34,7 @@ async def two_ranks(model: Path, images: Path) -> RayLearner:
         world=2,
         options_for_rank=lambda rank: {"num_cpus": 1},
         timeout_s=120,
+        heartbeat_s=60,
     )
 
 
@@ -91,6 +92,38 @@ async def test_a_learner_of_two_ranks(
         await learner.close()
     with pytest.raises(LearnerError, match="closed"):
         await learner.update(batch)
+
+
+async def test_a_rank_that_hangs_is_dead_and_one_that_works_long_is_not(
+    local_ray: None,
+    tiny_models: dict[str, Path],
+    readers: dict[str, PromptReader],
+    image_root: Path,
+) -> None:
+    """With one rank there is no collective whose deadline would tell."""
+    batch = mixed_batch(readers["qwen2_vl"])
+    learner = await create_learner(
+        settings(tiny_models["qwen2_vl"], image_root),
+        world=1,
+        options_for_rank=lambda rank: {"num_cpus": 2},  # all there are: a second finds no room
+        timeout_s=120,
+        heartbeat_s=8,
+    )
+    try:
+        before = await learner.logprobs(batch[0].group)
+        work = "import time, torch; x = torch.ones(400, 400); end = time.time() + 12\n"
+        work += "while time.time() < end: x = (x @ x).clamp(max=1)"
+        await learner.each("work", lambda rank: rank.__ray_call__.remote(lambda self: exec(work)))
+
+        pid = await learner._ranks[0].__ray_call__.remote(lambda rank: os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(LearnerError, match=r"rank 0 \(update\) hangs: .* within 8 s") as death:
+            await learner.update(batch)
+        assert death.value.died
+        await learner.restart()
+        assert await learner.logprobs(batch[0].group) == before
+    finally:
+        await learner.close()
 
 
 async def test_a_model_that_cannot_be_trained_is_the_users_mistake(

@@ -244,3 +244,17 @@ def test_a_gradient_that_is_no_number_is_refused(made: Any) -> None:
     weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(LearnerError, match=r"step 1: the gradient's norm is (nan|inf)"):
         updater.update(mixed_batch(reader), version=0)
+
+
+def test_a_refusal_says_whether_steps_of_its_batch_were_made(made: Any) -> None:
+    """Weights after some of them are of no version, and no checkpoint may hold them."""
+    updater, stepper, reader = made(updates_per_batch=2)
+    weight = stepper.policy.vlm.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * (float("inf") if stepper.steps else 1.0))
+    with pytest.raises(LearnerError, match="the gradient's norm") as caught:
+        updater.update(mixed_batch(reader), version=0)
+    assert caught.value.half_way
+    stepper.steps = 1
+    with pytest.raises(LearnerError, match="the gradient's norm") as caught:
+        updater.update(mixed_batch(reader), version=0)
+    assert not caught.value.half_way
