@@ -27,7 +27,7 @@ from medrl.configs.errors import UserError
 from medrl.configs.loader import dump_config, load_config
 from medrl.configs.schema import Config
 
-MOVED = ("model.path", "data.train", "data.images")
+MOVED = ("model.path", "data.train", "data.test", "data.images")
 """Beside section placement, what another machine may have elsewhere: it is compared."""
 
 SHOWN = 5  # prompts that are no longer those of the run
@@ -96,7 +96,7 @@ async def run_replay(
         async with placed(config.placement) as placement:
             say(f"starting {config.placement.engines} engines on {placement.device}s")
             async with system(config, checked, placement, replay.requests, interrupt) as parts:
-                parts.pool.tell = lambda outage: say(str(outage))
+                parts.pool.tell = parts.scorer.tell = lambda outage: say(str(outage))
                 await interrupt.cancels(_repeat(replay, parts, on_step))
 
 
@@ -118,15 +118,9 @@ async def _repeat(replay: Replay, parts: System, on_step: Callable[[Comparison],
 
 
 def _in_folder(config: Config, folder: Path) -> Config:
-    """The same run, there; it trains and nothing else."""
-    run = {"dir": str(folder.parent), "name": folder.name, "checkpoint_every": 0}
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update=run | {"wandb_project": ""}),
-            "data": config.data.model_copy(update={"test": ""}),
-            "eval": config.eval.model_copy(update={"every": 0}),
-        }
-    )
+    """The same run, there. Held-out data stays: the root of image paths follows from both sets."""
+    where = {"dir": str(folder.parent), "name": folder.name}
+    return config.model_copy(update={"run": config.run.model_copy(update=where)})
 
 
 def _refuse_overrides(overrides: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def replay(
         typer.Argument(
             metavar="SECTION.KEY=VALUE",
             help="What may be another here: placement.* less placement.learners, model.path, "
-            "data.train, data.images.",
+            "data.train, data.test, data.images.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=0, help="The first so many; 0: all.")] = 0,

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 OVERRIDES = (
     *("run.deterministic=true", "run.steps=4", "run.checkpoint_every=2"),
-    *("eval.every=2", "eval.max_prompts=8"),
+    *("eval.every=2", "eval.max_prompts=8", "placement.engines=1"),
 )
 
 
@@ -25,16 +25,16 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(
     folder: Path, config: Path
 ) -> None:
     """Killed as soon as the checkpoint of step 2 is there, mostly before that step's evaluation.
-    Nor does it matter how many engines there are: any engine gives the same."""
+    One engine: that it does not matter how many there are, `test_real_replay` shows."""
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
-    finish(medrl("train", config, *OVERRIDES, "placement.engines=1", cwd=folder))
+    finish(medrl("train", config, *OVERRIDES, cwd=folder))
     again = ("train", config, *OVERRIDES, "run.name=killed")
     process = medrl(*again, cwd=folder)
     wait_for((killed / "checkpoints" / "step_2").exists, process)
     kill_all_of(process.pid)
     process.communicate(timeout=60)
     shutil.copytree(killed, folder / "as_killed")
-    finish(medrl(*again, "placement.engines=1", "--resume", cwd=folder))
+    finish(medrl(*again, "--resume", cwd=folder))
 
     assert len(read_lines(folder / "as_killed" / "metrics.jsonl")) < 4  # it was not done yet
     assert sampled(killed) == sampled(whole)

@@ -3,6 +3,7 @@ is not repeated is named."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
@@ -21,7 +22,7 @@ from medrl.actors.types import Group, RolloutRequest, Score, ScoredGroup
 from medrl.cluster import cli
 from medrl.cluster.journal import COMPLETIONS
 from medrl.cluster.recording import completions_of, read_recording, record_start
-from medrl.cluster.replay import prepare_replay
+from medrl.cluster.replay import Replay, prepare_replay
 from medrl.cluster.replay_buffer import ReplayBuffer, ReplayScorer
 from medrl.cluster.replay_compare import Comparison, compare_step
 from medrl.configs.errors import EngineError, UserError, as_death
@@ -63,10 +64,15 @@ def recorded(folder: Path, **settings: Any) -> World:
     return World(folder, steps=STEPS, **{**defaults, **settings})
 
 
-async def replayed(then: Path, now: Path, steps: int = 0) -> Sequence[Comparison]:
+async def replayed(
+    then: Path,
+    now: Path,
+    steps: int = 0,
+    request: Callable[[int], RolloutRequest] | None = None,
+) -> Sequence[Comparison]:
     """With one engine, at its own pace; up to the first difference."""
     schedule = read_recording(then, steps)
-    world = World(now, steps=STEPS, skill=0.6, delays=(0.0,))
+    world = World(now, steps=STEPS, skill=0.6, delays=(0.0,), kind=hasty(7))
     done: list[Comparison] = []
     buffer = ReplayBuffer(schedule)
 
@@ -77,6 +83,8 @@ async def replayed(then: Path, now: Path, steps: int = 0) -> Sequence[Comparison
 
     scorer = ReplayScorer(world.parts.scorer, schedule)
     world.parts = replace(world.parts, buffer=buffer, scorer=scorer, after_step=after_step)
+    if request:
+        world.parts = replace(world.parts, request=request)
     await world.run()
     assert world.learner.updates == len(done)
     return done
@@ -326,3 +334,34 @@ def test_what_cannot_be_repeated_is_refused_before_anything_starts(
     assert "Traceback" not in printed
     assert set(run.parent.iterdir()) == before
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("loss", "status", "told"),
+    [(0.0, 0, "the same: 3 steps"), (1.0, 1, "not the same: step 2, loss was 1.0, is")],
+)
+def test_the_exit_status_says_whether_it_is_the_same(
+    run: Path,
+    loss: float,
+    status: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command itself, with fakes for engines and learner."""
+
+    async def of_fakes(replay: Replay, say: object, on_step: Callable[[Comparison], None]) -> None:
+        folder = replay.prepared.config.run_dir
+        for step in await replayed(run, folder, len(replay.steps), replay.requests.train):
+            on_step(step)
+
+    path = run / "metrics.jsonl"
+    first, second, *others = path.read_text().splitlines()
+    line = json.loads(second)
+    path.write_text("\n".join([first, json.dumps(line | {"loss": line["loss"] + loss}), *others]))
+    monkeypatch.setattr("medrl.cluster.replay.run_replay", of_fakes)
+    monkeypatch.setattr("sys.argv", ["medrl", "replay", str(run), "--steps", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == status
+    assert told in " ".join(capsys.readouterr().out.split())
