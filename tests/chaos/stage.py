@@ -47,7 +47,6 @@ class Stage:
     overrides: tuple[str, ...]
     mark: str  # in the environment of all that it starts
     rng: random.Random
-    say: Callable[[str], None]
     incarnations: list[Incarnation] = field(default_factory=list)
     struck: float = 0.0  # time.time() of the last fault
     watch: Watch = field(init=False)
