@@ -50,6 +50,7 @@ class Rule:
     steps: int  # it is asked about so many steps, all of which have `needs`
     needs: tuple[str, ...]
     judge: Callable[[Steps, Steps, Bounds], str]  # (these steps, the run's first ones, bounds)
+    of_run: bool = False  # asked about the whole run too, at its end and however short it was
 
 
 def no_gradient(steps: Steps, first: Steps, bounds: Bounds) -> str:
@@ -230,9 +231,15 @@ RULES = (
         judge=staleness,
     ),
     Rule(name="memory", steps=40, needs=("memory.driver_bytes",), judge=memory),
-    Rule(name="idle correction", steps=20, needs=("importance.mean",), judge=idle_correction),
-    Rule(name="idle clip", steps=20, needs=("clip_fraction",), judge=idle_clip),
-    Rule(name="idle filter", steps=20, needs=("replaced_groups",), judge=idle_filter),
+    Rule(
+        name="idle correction",
+        steps=20,
+        needs=("importance.mean",),
+        judge=idle_correction,
+        of_run=True,
+    ),
+    Rule(name="idle clip", steps=20, needs=("clip_fraction",), judge=idle_clip, of_run=True),
+    Rule(name="idle filter", steps=20, needs=("replaced_groups",), judge=idle_filter, of_run=True),
 )
 
 

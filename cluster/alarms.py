@@ -79,6 +79,13 @@ class Alarms:
         self.gate.look(batch, update, receipt)
         return self.look(metrics)
 
+    def conclude(self, metrics: Sequence[Record]) -> None:
+        """Say what did nothing in a whole run. `metrics`: all its lines."""
+        for rule in (rule for rule in RULES if rule.of_run):
+            known = metrics and all(key in one for one in metrics for key in rule.needs)
+            if known and (cause := rule.judge(metrics, metrics[:FIRST], self._bounds)):
+                self._say(f"of the whole run: {rule.name}: {cause}")
+
     def resume(self, metrics: Sequence[Record], alarms: Sequence[Record]) -> None:
         """Go on from the lines of metrics.jsonl and alarms.jsonl."""
         self.gate.forget()

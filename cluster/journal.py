@@ -92,6 +92,11 @@ class Journal:
         self._write_step(metrics, alarms)
         self._step_began = now
 
+    def conclude(self) -> None:
+        """Say what of the run, all steps of which are done, did nothing."""
+        if self._alarms:
+            self._alarms.conclude(read_lines(self.run_dir / "metrics.jsonl"))
+
     def refuse_gap(self) -> None:
         """Raise `GapError` where the run must not go on with the last steps' log-prob gap."""
         if self._alarms:

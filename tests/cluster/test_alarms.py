@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -210,6 +211,33 @@ def test_a_fault_raises_its_alarm_once_with_its_numbers(
 
 def test_every_alarm_has_a_test() -> None:
     assert {fault[0] for fault in FAULTS} == {rule.name for rule in RULES}
+
+
+IDLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"importance.mean": 1 + 1e-7}, {"importance_cap": 2.0}, "idle correction: learner.importance"),
+    ({}, {"updates_per_batch": 4}, "idle clip: not one token was clipped in 7 steps"),
+    ({}, {"max_replaced": 8}, r"idle filter: dynamic sampling \(rollout.max_replaced = 8\) kept"),
+]
+
+
+@pytest.mark.parametrize(("line", "changes", "sentence"), IDLE)
+def test_what_did_nothing_in_a_short_run_is_said_at_its_end(
+    tmp_path: Path, line: dict[str, Any], changes: dict[str, Any], sentence: str
+) -> None:
+    """No alarm has seen enough steps; and what worked once in the run is not named."""
+    said: list[str] = []
+    lines = [STEP | line | {"step": step} for step in range(1, 8)]
+    path = tmp_path / "metrics.jsonl"
+    alarms = Alarms(replace(BOUNDS, **changes), GapGate(LIMITS["float32"]), said.append)
+    journal = Journal(tmp_path, alarms=alarms)
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    journal.conclude()
+    assert len(said) == 1
+    assert re.match("of the whole run: " + sentence, said[0])
+    busy = {"importance.mean": 0.98, "clip_fraction": 0.01, "replaced_groups": 1}
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*lines, STEP | busy]))
+    journal.conclude()
+    assert len(said) == 1
 
 
 def test_the_demos_own_numbers_raise_nothing() -> None:

@@ -115,6 +115,29 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_too_many_failures_stop_the_run_with_their_rewards_and_examples() -> None:
+    slow = make_score(0.0, "timeout", "lesion_iou: took longer than 5 s")
+    bad = make_score(0.0, "error", "cites: KeyError: 'x'")
+    batch = [make_scored(7, scores=(slow, make_score(), slow, bad, slow, make_score()))]
+    refuse_failures(batch, limit=4 / 6)
+    with pytest.raises(RewardError) as caught:
+        refuse_failures(batch, limit=0.5)
+    first, *examples = str(caught.value).split("\n")
+    assert first.startswith("4 of 6 completions could not be scored, above the limit of 50%")
+    assert ": lesion_iou failed 3, cites failed 1. " in first
+    assert examples == [
+        "  prompt p7, '<answer>0</answer>': timeout, lesion_iou: took longer than 5 s",
+        "  prompt p7, '<answer>2</answer>': timeout, lesion_iou: took longer than 5 s",
+        "  prompt p7, '<answer>3</answer>': error, cites: KeyError: 'x'",
+    ]
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
 def test_too_many_failures_stop_the_run_with_examples() -> None:
     batch = [make_scored(7, scores=(make_score(), make_score(0.0, "error", "ZeroDivisionError")))]
     refuse_failures(batch, limit=0.5)
