@@ -44,8 +44,12 @@ class RecordedGroup:
 class RecordedStep:
     """A batch, and what was replaced in filling it; both in their order."""
 
-    step: int
+    metrics: Mapping[str, Any]  # its line
     groups: Sequence[RecordedGroup]
+
+    @property
+    def step(self) -> int:
+        return int(self.metrics["step"])
 
     @property
     def batch(self) -> Sequence[int]:
@@ -83,14 +87,14 @@ def changed_start(run_dir: Path, model: str) -> str:
 
 def read_recording(run_dir: Path, steps: int = 0) -> Sequence[RecordedStep]:
     """The schedule of the first `steps` steps; 0: of all. Raises `UserError`."""
-    done = [line["step"] for line in read_lines(run_dir / "metrics.jsonl")]
-    if not done:
+    lines = read_lines(run_dir / "metrics.jsonl")
+    if not lines:
         raise UserError(f"{run_dir}: its metrics.jsonl has no steps, so there is nothing to repeat")
-    if done != list(range(1, len(done) + 1)):
+    if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
         raise UserError(f"{run_dir}: steps are missing in metrics.jsonl, or stand there twice")
-    if steps > len(done):
-        raise UserError(f"--steps: got {steps}, but {run_dir} has {len(done)}")
-    recorded = [_read_step(run_dir, step) for step in done[: steps or None]]
+    if steps > len(lines):
+        raise UserError(f"--steps: got {steps}, but {run_dir} has {len(lines)}")
+    recorded = [_read_step(run_dir, line) for line in lines[: steps or None]]
     _refuse_impossible(run_dir, recorded)
     return recorded
 
@@ -100,8 +104,8 @@ def completions_of(run_dir: Path, step: int) -> Path:
     return run_dir / "completions" / f"step_{step:06d}.parquet"
 
 
-def _read_step(run_dir: Path, step: int) -> RecordedStep:
-    path = completions_of(run_dir, step)
+def _read_step(run_dir: Path, metrics: Mapping[str, Any]) -> RecordedStep:
+    path = completions_of(run_dir, metrics["step"])
     try:
         rows = pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
     except FileNotFoundError:
@@ -111,7 +115,7 @@ def _read_step(run_dir: Path, step: int) -> RecordedStep:
     if not rows or set(rows[0]) != set(_COLUMNS):
         raise UserError(f"{path}: is no file of completions: needs {', '.join(_COLUMNS)}")
     groups = [_group(path, list(of_draw)) for _, of_draw in groupby(rows, lambda row: row["draw"])]
-    return RecordedStep(step=step, groups=groups)
+    return RecordedStep(metrics=metrics, groups=groups)
 
 
 def _group(path: Path, rows: Sequence[Mapping[str, Any]]) -> RecordedGroup:

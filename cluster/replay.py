@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medrl.cluster.interrupt import Interrupt
-from medrl.cluster.journal import Journal
+from medrl.cluster.journal import Journal, Record
 from medrl.cluster.loop import train
 from medrl.cluster.placement import cluster, placed
 from medrl.cluster.prepare import Prepared, prepare
@@ -101,11 +101,12 @@ async def run_replay(
 
 
 async def _repeat(replay: Replay, parts: System, on_step: Callable[[Comparison], None]) -> None:
-    config = replay.prepared.config
-    buffer, journal = ReplayBuffer(replay.steps), Journal(config.run_dir)
+    config, measured = replay.prepared.config, Measured()
+    buffer, journal = ReplayBuffer(replay.steps), Journal(config.run_dir, [measured])
 
     async def after_step(step: int) -> None:
-        compared = compare_step(replay.run_dir, config.run_dir, step)
+        was = replay.steps[step - 1].metrics
+        compared = compare_step(replay.run_dir, config.run_dir, was, measured.last)
         on_step(compared)
         if not compared.same:
             await buffer.stop()
@@ -115,6 +116,18 @@ async def _repeat(replay: Replay, parts: System, on_step: Callable[[Comparison],
     journal.begin_step()
     joined = parts_of(config, replay.requests, parts, journal, buffer, after_step)
     await train(dataclasses.replace(joined, scorer=ReplayScorer(joined.scorer, replay.steps)))
+
+
+class Measured:
+    """Keeps what the journal last wrote of a step."""
+
+    last: Record
+
+    def on_step(self, metrics: Record) -> None:
+        self.last = metrics
+
+    def on_eval(self, evaluation: Record) -> None:
+        """There are none."""
 
 
 def _in_folder(config: Config, folder: Path) -> Config:

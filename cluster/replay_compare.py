@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from medrl.cluster.recording import completions_of
-from medrl.reports.lines import read_lines
 
 TOLERANCE = 1e-6
 
@@ -47,10 +46,10 @@ class Comparison:
         return not self.difference
 
 
-def compare_step(then: Path, now: Path, step: int) -> Comparison:
-    """Compare a step that stands in both run directories."""
+def compare_step(then: Path, now: Path, was: Row, is_: Row) -> Comparison:
+    """Compare a step that stands in both run directories; `was` and `is_`: its lines of metrics."""
+    step = was["step"]
     old, new = (pq.read_table(completions_of(run, step)).to_pylist() for run in (then, now))
-    was, is_ = (_line(run, step) for run in (then, now))
     found = next(chain(_of_completions(old, new), _of_numbers(was, is_)), "")
     return Comparison(
         step=step,
@@ -61,10 +60,6 @@ def compare_step(then: Path, now: Path, step: int) -> Comparison:
         logprobs_apart=_logprobs_apart(old, new),
         difference=f"step {step}, {found}" if found else "",
     )
-
-
-def _line(run: Path, step: int) -> Row:
-    return next(line for line in read_lines(run / "metrics.jsonl") if line["step"] == step)
 
 
 def _of_completions(old: Sequence[Row], new: Sequence[Row]) -> Iterator[str]:

@@ -64,6 +64,11 @@ def recorded(folder: Path, **settings: Any) -> World:
     return World(folder, steps=STEPS, **{**defaults, **settings})
 
 
+def compared(then: Path, now: Path, step: int) -> Comparison:
+    was, is_ = (read_lines(run / "metrics.jsonl")[step - 1] for run in (then, now))
+    return compare_step(then, now, was, is_)
+
+
 async def replayed(
     then: Path,
     now: Path,
@@ -77,7 +82,7 @@ async def replayed(
     buffer = ReplayBuffer(schedule)
 
     async def after_step(step: int) -> None:
-        done.append(compare_step(then, now, step))
+        done.append(compared(then, now, step))
         if not done[-1].same:
             await buffer.stop()
 
@@ -121,7 +126,7 @@ async def test_the_schedule_is_what_repeats_it(tmp_path: Path) -> None:
     """So the test above can fail: left to timing, the same run becomes another."""
     for seed in (0, 1):
         await recorded(tmp_path / str(seed), staleness=2, kind=hasty(seed)).run()
-    pairs = (compare_step(tmp_path / "0", tmp_path / "1", s) for s in range(1, STEPS + 1))
+    pairs = (compared(tmp_path / "0", tmp_path / "1", s) for s in range(1, STEPS + 1))
     assert not all(pair.same for pair in pairs)
 
 
