@@ -1,5 +1,6 @@
 # make demo    see it work: trains a small vision-language model with GRPO on this machine
 # make test    linter, type checker, all tests
+# make chaos   an hour of faults on a real run, and what must hold after it: SEED=1, FAULTS=12 for few
 # make setup   what both share: .venv with everything in it (a second call starts at once)
 # make starter make the demo's starting model again, from nothing
 
@@ -12,7 +13,7 @@ TORCH_INDEX ?=
 EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 
-.PHONY: setup demo test lint starter clean
+.PHONY: setup demo test chaos lint starter clean
 setup: $(READY)
 
 $(READY): pyproject.toml actors/torchvision_cpu.py
@@ -47,6 +48,12 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest
+
+SEED ?= 0
+FAULTS ?= 0
+chaos: setup
+	@mkdir -p runs
+	@$(BIN)/python tests/chaos/soak.py --seed $(SEED) --faults $(FAULTS) --out runs/chaos-$(SEED).json
 
 starter: setup
 	@$(BIN)/python -m medrl.learner.starter --out starter --seed 0
