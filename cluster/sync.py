@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from typing import Any, Literal, TypeVar
 
 from medrl.actors.engine import Engine
@@ -226,11 +226,19 @@ class Sync:
         """Largest |engine - learner| log-prob on the canary, over engines and tokens; nats."""
         canaries = {i: members[i].canary(self._canary) for i in members}
         groups = await self._together("sampling the canary", members, canaries)
+        scored: dict[Hashable, Any] = {}  # once where engines say the same: it is most of a push
         largest = 0.0
         for index, group in groups.items():
-            scoring = {_LEARNER: self._learner.logprobs(group)}
-            scored = await self._together("scoring the canary", members, scoring)
-            gap = logprob_gap(group, scored[_LEARNER])
+            said = (
+                group.prompt_token_ids,
+                group.image_hashes,
+                *(c.token_ids for c in group.completions),
+            )
+            if said not in scored:
+                scoring = {_LEARNER: self._learner.logprobs(group)}
+                answers = await self._together("scoring the canary", members, scoring)
+                scored[said] = answers[_LEARNER]
+            gap = logprob_gap(group, scored[said])
             if not gap <= self._max_gap:  # also where it is not a number
                 raise WeightSyncError(
                     f"sync: all weights arrived at engine {index}, but on the canary prompt its "

@@ -59,6 +59,7 @@ class Engine:
         self.faults: dict[str, Any] = {}
         self.digests: Mapping[str, str] = DIGESTS
         self.logprob = -1.0
+        self.says = (1, 2)
         self.rank = 0
         self.version: int | None = None
 
@@ -90,7 +91,7 @@ class Engine:
     async def canary(self, request: RolloutRequest) -> Group:
         await self._call("canary")
         completion = Completion(
-            token_ids=(1, 2),
+            token_ids=self.says,
             logprobs=(-1.0, self.logprob),
             text="",
             finish_reason="length",

@@ -132,19 +132,6 @@ def test_too_many_failures_stop_the_run_with_their_rewards_and_examples() -> Non
     ]
 
 
-def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_lines(path) == [{"step": 1}, {"step": 2}]
-
-
-def test_too_many_failures_stop_the_run_with_examples() -> None:
-    batch = [make_scored(7, scores=(make_score(), make_score(0.0, "error", "ZeroDivisionError")))]
-    refuse_failures(batch, limit=0.5)
-    with pytest.raises(RewardError, match=r"1 of 2 .*prompt p7: error, ZeroDivisionError"):
-        refuse_failures(batch, limit=0.49)
-
-
 def test_a_line_cut_off_by_a_crash_is_taken_back_before_the_next_is_written(
     tmp_path: Path,
 ) -> None:

@@ -92,6 +92,18 @@ async def test_a_canary_off_the_learners_logprobs_stops_the_push(logprob: float)
     assert system.serving() == [None, None]
 
 
+async def test_canaries_that_engines_say_alike_are_scored_once_and_others_each() -> None:
+    system = System(engines=3)
+    await system.sync.push(1, 1)
+    assert system.journal.calls.count("learner.logprobs") == 1
+    system.engines[1].says = (1, 3)
+    await system.sync.push(2, 2)
+    assert system.journal.calls.count("learner.logprobs") == 1 + 2
+    system.engines[2].logprob = -1.1  # said alike, and still off
+    with pytest.raises(WeightSyncError, match="engine 2, but on the canary"):
+        await system.sync.push(3, 3)
+
+
 async def test_the_receipt_tells_the_largest_gap() -> None:
     system = System(max_gap=0.1)
     system.engines[0].logprob = -1.03
