@@ -35,6 +35,7 @@ def engine_options(
         dtype = "float32" if device == "cpu" else "bfloat16"
     options: dict[str, Any] = {
         "model": model.path,
+        "trust_remote_code": model.runs_code,
         "dtype": dtype,
         "seed": seed,
         "max_model_len": rollout.max_model_len,
@@ -71,7 +72,8 @@ def _cache_bytes(model: ModelConfig, rollout: RolloutConfig, running: int) -> in
     """
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(model.path).get_text_config()
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.runs_code)
+    text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     element_bytes = 2 if model.dtype == "bfloat16" else 4
     token_bytes: int = 2 * text.num_hidden_layers * text.num_key_value_heads * head * element_bytes

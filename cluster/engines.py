@@ -185,4 +185,5 @@ def workers(config: Config, placement: Placement) -> int:
 def model_at(config: Config, path: str) -> ModelConfig:
     """The model section, with an absolute path: actors may have another working directory."""
     local = str(Path(path).absolute()) if Path(path).exists() else path
-    return config.model.model_copy(update={"path": local})
+    trusted = local if path == config.model.trust_remote_code else ""  # no checkpoint in its place
+    return config.model.model_copy(update={"path": local, "trust_remote_code": trusted})

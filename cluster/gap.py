@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medrl.actors.types import Receipt, ScoredGroup, UpdateMetrics
-from medrl.configs.check import LEAST_BFLOAT16_GAP
+from medrl.configs.check import LEAST_BFLOAT16_GAP, LEAST_BFLOAT16_MAX_GAP
 from medrl.configs.errors import GapError, UserError
 from medrl.configs.schema import GapConfig
 
@@ -48,12 +48,15 @@ def gap_limits(config: GapConfig, dtype: Literal["float32", "bfloat16"]) -> GapL
     """Those of the config, or of the type. Raises `UserError`."""
     made = LIMITS[dtype]
     limits = GapLimits(config.mean or made.mean, config.max or made.max)
-    least = LEAST_BFLOAT16_GAP
-    if dtype == "bfloat16" and limits.mean < least:
-        raise UserError(
-            f"gap.mean: got {limits.mean:g}, and the weights are bfloat16, whose rounding alone is "
-            f"more; needs at least {least:g}, or 0 for {made.mean:g}"
-        )
+    least = GapLimits(LEAST_BFLOAT16_GAP, LEAST_BFLOAT16_MAX_GAP)
+    problems = [
+        f"gap.{key}: got {getattr(limits, key):g}, and the weights are bfloat16, whose rounding "
+        f"alone is more; needs at least {getattr(least, key):g}, or 0 for {getattr(made, key):g}"
+        for key in ("mean", "max")
+        if dtype == "bfloat16" and getattr(limits, key) < getattr(least, key)
+    ]
+    if problems:
+        raise UserError(*problems)
     return limits
 
 

@@ -44,7 +44,7 @@ def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -
     """Load and check data, rewards and the model folder `model`. Raises `UserError`."""
     problems: list[str] = []
     with _collected(problems):
-        check_model(model)
+        check_model(model, trust=_trusts(config, model))
     train, test = _load(config, problems, evaluation_only)
     if problems:
         raise UserError(*dict.fromkeys(problems))  # train and test may share one
@@ -67,7 +67,12 @@ def check_inputs(config: Config, model: str, *, evaluation_only: bool = False) -
         test=test.prompts[: config.eval.max_prompts or None],
         image_root=train.image_root,
         max_images=max(1, *(len(prompt.images) for prompt in prompts)),
-        notes=(*_notes(train, test), *odd_words(mode), *_idle_keys(config)),
+        notes=(
+            *_notes(train, test),
+            *odd_words(mode),
+            *_idle_keys(config),
+            *_trusted(config, model),
+        ),
     )
 
 
@@ -79,16 +84,23 @@ def reward_terms(config: Config) -> tuple[RewardTerm, ...]:
     return (*terms, *(RewardTerm(use=name, weight=0.0) for name in extra))
 
 
-def check_model(path: str) -> None:
-    """Raises `UserError` where `path` is neither a folder of a known family nor on the hub."""
+def check_model(path: str, *, trust: bool = False) -> None:
+    """`trust`: run code of the model's own, where it has any, here and below.
+
+    Raises `UserError` where `path` is neither a folder of a known family nor on the hub."""
     from transformers import AutoConfig
 
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path} has no config.json; it is not a Hugging Face folder")
     try:
-        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        family = AutoConfig.from_pretrained(path, trust_remote_code=trust).model_type
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.path: {path} brings code of its own, and none of it was run; where you "
+                f"have read it and trust it, set model.trust_remote_code = {path!r}"
+            ) from None
         where = "" if folder.exists() else f": no such folder here, and from the hub: {error}"
         detail = where or f": config.json cannot be read: {error}"
         raise UserError(f"model.path: {path}{' '.join(detail.split())}") from None
@@ -96,7 +108,7 @@ def check_model(path: str) -> None:
         raise UserError(f"model.path: {path} is a {family} model; known: {', '.join(FAMILIES)}")
     if folder.exists():
         _check_weights(folder)
-    load_processor(path)
+    load_processor(path, trust=trust)
 
 
 def _check_weights(folder: Path) -> None:
@@ -125,17 +137,18 @@ def _check_weights(folder: Path) -> None:
         raise UserError(*problems)
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, *, trust: bool = False) -> Any:
     """The tokenizer and image processor in `path`. Raises `UserError`."""
     from transformers import AutoConfig, AutoProcessor
 
     try:
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
         flaw = "" if processor.image_processor else "no image processor"
         flaw = flaw or ("" if processor.chat_template else "no chat template")
         # Where the files are missing, transformers may make up a tokenizer that knows no word.
         known = processor.tokenizer.get_vocab().get(processor.image_token)
-        if known != AutoConfig.from_pretrained(path).image_token_id:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        if known != config.image_token_id:
             flaw = flaw or f"a tokenizer for which {processor.image_token} is {known}"
     except Exception as error:  # whatever is missing, the libraries raise anything
         flaw = " ".join(str(error).split()) or type(error).__name__
@@ -180,10 +193,11 @@ def _check_lengths(config: Config, model: str, prompts: Sequence[Prompt], root: 
     """Refuse prompts that leave no room for a completion of `rollout.max_tokens`."""
     from transformers import AutoConfig
 
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    trust = _trusts(config, model)
+    text_config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
     limit = min(config.rollout.max_model_len, text_config.max_position_embeddings)
     room = limit - config.rollout.max_tokens
-    processor = load_processor(model)
+    processor = load_processor(model, trust=trust)
     limits = pixel_limits(processor.image_processor, config.data.max_pixels)
     mode = get_mode(config.data.mode, config.data.instruction)
     texts = [render_chat(processor, mode.render(p), len(p.images)) for p in prompts]
@@ -225,6 +239,16 @@ def _idle_keys(config: Config) -> Iterator[str]:
             f"learner.{', learner.'.join(idle)} change nothing while learner.updates_per_batch is "
             "1: a batch is one step, and the ratio it would clip is 1"
         )
+
+
+def _trusts(config: Config, model: str) -> bool:
+    """Whether `model`, the config's own or a checkpoint, may run code that lies beside it."""
+    return config.model.trust_remote_code == model
+
+
+def _trusted(config: Config, model: str) -> Iterator[str]:
+    if _trusts(config, model):
+        yield f"code that {model} brings along is run on every node (model.trust_remote_code)"
 
 
 def _each_note(loaded: Sequence[LoadedPrompts]) -> Iterator[str]:

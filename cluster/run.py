@@ -202,6 +202,7 @@ class Run:
         await self._save()
         if self._interrupt.requested:
             return
+        self._journal.conclude()
         await self._export()
         if then:
             await self._serving(then(self._system.sampler))

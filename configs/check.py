@@ -12,6 +12,9 @@ LEAST_BFLOAT16_GAP = 1e-3
 """Nats: no gate on the mean gap of bfloat16 can be below, for rounding alone is more (2**-8 of a
 logit)."""
 
+LEAST_BFLOAT16_MAX_GAP = 0.1
+"""Nats: likewise of the largest gap of a batch. A canary of a few tokens may be as far off."""
+
 
 def contradictions(config: Config) -> list[str]:
     """A sentence for each contradiction; empty when there is none."""
@@ -92,13 +95,20 @@ def _of_placement(config: Config) -> list[str]:
 def _of_weights(config: Config) -> list[str]:
     model, placement = config.model, config.placement
     problems = []
-    bfloat16 = model.dtype == "bfloat16" or (model.dtype == "auto" and placement.device == "gpu")
-    if bfloat16 and 0 < config.gap.mean < LEAST_BFLOAT16_GAP:
+    if model.trust_remote_code not in ("", model.path):
         problems.append(
-            f"gap.mean: got {config.gap.mean:g}, a gate for float32, with bfloat16 weights "
-            f"(model.dtype {model.dtype!r}, placement.device {placement.device!r}), whose rounding "
-            f"alone is more; needs at least {LEAST_BFLOAT16_GAP:g}, or 0 to choose by the type"
+            f"model.trust_remote_code: got {model.trust_remote_code!r}, needs model.path "
+            f"({model.path!r}) itself: the code of that model, and of no other, may then run"
         )
+    bfloat16 = model.dtype == "bfloat16" or (model.dtype == "auto" and placement.device == "gpu")
+    least = {"mean": LEAST_BFLOAT16_GAP, "max": LEAST_BFLOAT16_MAX_GAP}
+    problems += [
+        f"gap.{key}: got {gate:g}, a gate for float32, with bfloat16 weights (model.dtype "
+        f"{model.dtype!r}, placement.device {placement.device!r}), whose rounding alone is more; "
+        f"needs at least {least[key]:g}, or 0 to choose by the type"
+        for key, gate in config.gap
+        if bfloat16 and 0 < gate < least[key]
+    ]
     if model.lora_vision and not model.lora_rank:
         problems.append(
             "model.lora_vision: true with model.lora_rank 0, which is no adapters at all; set "

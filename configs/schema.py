@@ -51,6 +51,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str = Field(min_length=1)
     """A Hugging Face folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, or a name on the hub."""
+    trust_remote_code: str = ""
+    """`path` once more, where the model brings code of its own that may run, on every node; else no
+    such code is run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs, float32 on CPUs. Engines and learner share it."""
     freeze_vision: bool = False
@@ -63,6 +66,11 @@ class ModelConfig(Section):
     """Adapters count lora_alpha / lora_rank times."""
     lora_vision: bool = False
     """Adapters in the vision tower too; else it stays as it is."""
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether the model's own code may run."""
+        return self.trust_remote_code == self.path
 
 
 class DataConfig(Section):

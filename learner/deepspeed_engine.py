@@ -59,11 +59,11 @@ class DeepSpeedRank:
         self._settings, self._stage = settings, zero_stage(settings)
         self.rank, self.world = rank, world
         self.device = torch.device("cuda" if settings.device == "gpu" else "cpu")
-        models.read_config(settings.model.path)  # before the ranks wait for each other
+        path, trust = settings.model.path, settings.model.runs_code
+        models.read_config(path, trust=trust)  # before the ranks wait for each other
         self._deepspeed = _join(settings, rank, world, address, port)
         seed_process(settings.seed, deterministic=settings.deterministic)
-        path = settings.model.path
-        self._reader = models.PromptReader(path, _image_store(settings))
+        self._reader = models.PromptReader(path, _image_store(settings), trust=trust)
         # transformers asks this object, held by a weak reference, how to load the weights.
         self._partitioned_load = partitioned_load(settings) if self._stage == 3 else None
         policy = models.load_policy(
@@ -72,6 +72,7 @@ class DeepSpeedRank:
             forbidden=self._reader.forbidden,
             freeze_vision=settings.model.freeze_vision,
             gradient_checkpointing=settings.model.gradient_checkpointing,
+            trust=trust,
         )
         self._adapters = lora.attach(policy.vlm, settings.model, settings.seed)
         self._engine = self._deepspeed.initialize(
@@ -217,6 +218,7 @@ class DeepSpeedRank:
             self._settings.model.path,
             getattr(torch, self._settings.dtype),
             forbidden=self._reader.forbidden,
+            trust=self._settings.model.runs_code,
         ).requires_grad_(False)
         if self._stage != 3:
             return frozen.to(self.device).eval()
@@ -292,5 +294,6 @@ def _image_store(settings: LearnerSettings) -> ImageStore:
     """Keeps nothing itself: the reader caches what it makes of an image."""
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(settings.model.path)
+    model = settings.model
+    processor = AutoImageProcessor.from_pretrained(model.path, trust_remote_code=model.runs_code)
     return ImageStore.for_model(settings.image_root, processor, settings.max_pixels, cache_bytes=0)

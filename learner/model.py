@@ -54,12 +54,14 @@ class ImageInputs:
     tokens: int  # visual tokens after merging
 
 
-def read_config(path: str) -> Any:
-    """The model's configuration. Raises `UserError` where `path` holds none of a known family."""
+def read_config(path: str, *, trust: bool = False) -> Any:
+    """The model's configuration. Raises `UserError` where `path` holds none of a known family.
+
+    `trust`: run code of the model's own, where it has any, here and below."""
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {path}: cannot be loaded: {error}") from error
     if config.model_type not in FAMILIES:
@@ -74,12 +76,14 @@ def read_config(path: str) -> Any:
 class PromptReader:
     """Processor side of the model. An image is decoded and processed once, then cached."""
 
-    def __init__(self, path: str, images: ImageSource, *, cache_bytes: int = 4 * 2**30) -> None:
+    def __init__(
+        self, path: str, images: ImageSource, *, cache_bytes: int = 4 * 2**30, trust: bool = False
+    ) -> None:
         from PIL import Image
         from transformers import AutoProcessor
 
-        self.config: Any = read_config(path)
-        self.processor: Any = AutoProcessor.from_pretrained(path)
+        self.config: Any = read_config(path, trust=trust)
+        self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
         self._images = images
         self._hashes: dict[str, str] = {}  # path -> hash
         self._paths: dict[str, str] = {}  # hash -> path
@@ -262,16 +266,18 @@ def load_policy(
     forbidden: Sequence[int] = (),
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
+    trust: bool = False,
 ) -> Policy:
     """Raises `UserError` where `path` holds no model of a known family."""
     from transformers import AutoModelForImageTextToText
 
-    read_config(path)
+    read_config(path, trust=trust)
     attention.register()
     vlm: Any = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=dtype,
         attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+        trust_remote_code=trust,
     )
     vlm.train()
     if freeze_vision:

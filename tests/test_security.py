@@ -16,16 +16,22 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoImageProcessor
 
 from medrl.actors.wire import open_store
+from medrl.cluster.engines import model_at
 from medrl.cluster.preflight import check_model
+from medrl.configs.check import contradictions
 from medrl.configs.errors import UserError
-from medrl.learner.model import load_policy
+from medrl.configs.schema import Config, DataConfig, ModelConfig, RunConfig
+from medrl.data.images import ImageStore
+from medrl.learner.model import PromptReader, load_policy
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("actors", "bench", "cluster", "configs", "data", "learner", "reports", "rewards")
 EXECUTES = re.compile(
-    r"trust_remote_code(?!=False)|weights_only=False|torch\.load\((?!path, .*weights_only=True)"
+    r"trust_remote_code=(?!trust\b|model\.runs_code\b)|weights_only=False"
+    r"|torch\.load\((?!path, .*weights_only=True)"
     r"|pickle\.loads?\(|Unpickler|allow_pickle=True|yaml\.load\(|shell=True|\beval\(|\bexec\("
 )
 
@@ -72,7 +78,8 @@ def test_a_model_that_needs_its_own_code_is_refused_whatever_the_user_types(
     model, mark = tmp_path / "model", tmp_path / "mark"
     shutil.copytree(tiny_model, model)
     plant(model, mark, model_type="evil")
-    with pytest.raises(UserError, match="custom code"):
+    told = rf"set model\.trust_remote_code = {str(model)!r}"
+    with pytest.raises(UserError, match=f"brings code of its own, and none .*; .* {told}"):
         check_model(str(model))
     script = f"from medrl.cluster.preflight import check_model; check_model({str(model)!r})"
     done = subprocess.run(
@@ -81,6 +88,60 @@ def test_a_model_that_needs_its_own_code_is_refused_whatever_the_user_types(
     assert done.returncode == 1
     assert "[y/N]" not in done.stdout
     assert not mark.exists()
+
+
+OWN = """
+import transformers
+class Qwen2VLConfig(transformers.Qwen2VLConfig): pass
+class Qwen2VLForConditionalGeneration(transformers.Qwen2VLForConditionalGeneration):
+    config_class = Qwen2VLConfig
+class Qwen2VLProcessor(transformers.Qwen2VLProcessor): pass
+"""
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_a_models_own_code_runs_where_it_is_trusted_by_name_and_only_there(
+    tmp_path: Path, tiny_model: Path, trust: bool
+) -> None:
+    """In all of preflight and learner: one that forgot it would load another class."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "own.py").write_text(OWN)
+    for name, map in {
+        "config": {
+            "AutoConfig": "own.Qwen2VLConfig",
+            "AutoModelForImageTextToText": "own.Qwen2VLForConditionalGeneration",
+        },
+        "processor_config": {"AutoProcessor": "own.Qwen2VLProcessor"},
+    }.items():
+        path = model / f"{name}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | {"auto_map": map}))
+    check_model(str(model), trust=trust)
+    policy = load_policy(str(model), torch.float32, trust=trust)
+    images = AutoImageProcessor.from_pretrained(model)
+    store = ImageStore.for_model(tmp_path, images, 10_000, cache_bytes=0)
+    reader = PromptReader(str(model), store, trust=trust)
+    parts = (policy.vlm, reader.config, reader.processor)
+    assert [type(one).__module__.endswith(".own") for one in parts] == [trust] * 3
+
+
+def test_trust_is_of_the_configs_model_and_of_nothing_put_in_its_place(tmp_path: Path) -> None:
+    """A checkpoint evaluated with the run's config, say."""
+    (tmp_path / "model").mkdir()
+    model = str(tmp_path / "model")
+    config = Config(
+        run=RunConfig(name="r"),
+        model=ModelConfig(path=model, trust_remote_code=model),
+        data=DataConfig(train="d"),
+    )
+    assert contradictions(config) == []
+    assert model_at(config, model).runs_code
+    assert not model_at(config, str(tmp_path)).runs_code
+    other = config.model.model_copy(update={"trust_remote_code": "lab/model"})
+    (told,) = contradictions(config.model_copy(update={"model": other}))
+    assert "model.trust_remote_code: got 'lab/model', needs model.path" in told
+    assert not ModelConfig(path=model).runs_code
 
 
 def test_a_store_on_loopback_listens_nowhere_else() -> None:

@@ -145,6 +145,8 @@ def test_limits_follow_the_type_and_bfloat16_refuses_those_of_float32() -> None:
     assert gap_limits(GapConfig(mean=0.02, max=3.0), "bfloat16").mean == 0.02
     with pytest.raises(UserError, match=r"gap\.mean: got 0\.0001.* bfloat16"):
         gap_limits(GapConfig(mean=1e-4), "bfloat16")
+    with pytest.raises(UserError, match=r"gap\.max: got 0\.01, and the weights are bfloat16"):
+        gap_limits(GapConfig(max=0.01), "bfloat16")
 
 
 def test_the_journal_raises_the_alarm_and_refuses_by_it(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def obey(completion, prompt):
 """
 HARMFUL = ("regex", "hang", "fork_and_hang", "exit", "segfault", "memory", "fork_and_die", "raise")
 HARMLESS = ("print", "fork_and_return", "leave_children")
-STEPS = 60
+STEPS = 40
 PROCESSES = 2
 
 
@@ -61,7 +61,7 @@ class HostileRun:
     def start(self, *more: str) -> None:
         self.process = medrl(
             *self._arguments,
-            *("reward.timeout_s=3.0", f"reward.processes={PROCESSES}", *more),
+            *("reward.timeout_s=2.0", f"reward.processes={PROCESSES}", *more),
             cwd=self._cwd,
             PYTHONPATH=str(ROOT / "tests" / "rewards"),
         )

@@ -105,7 +105,8 @@ def test_a_list_of_sections_says_which_item_is_wrong(tmp_path: Path) -> None:
         ("reward.overlong_tokens=256", ""),
         ("gap.mean=1e-4 model.dtype=bfloat16", "gap.mean: got 0.0001, a gate for float32, with"),
         ("gap.mean=1e-4 placement.device=gpu", "gap.mean: got 0.0001, a gate for float32, with"),
-        ("gap.mean=1e-4 placement.device=gpu model.dtype=float32", ""),
+        ("gap.max=0.01 model.dtype=bfloat16", "gap.max: got 0.01, a gate for float32, with"),
+        ("gap.mean=1e-4 gap.max=0.01 placement.device=gpu model.dtype=float32", ""),
         ("gap.mean=0.02 model.dtype=bfloat16", ""),
         ("data.order=easy_first", "needs data.pass_rates"),
         ("data.min_pass_rate=0.1", "data.min_pass_rate, data.max_pass_rate: 0.1 and 1 need"),
@@ -134,6 +135,7 @@ def test_staleness_needs_a_correction_that_can_be_right(tmp_path: Path) -> None:
     stale = ["rollout.staleness=1", "learner.importance_cap=2.0"]
     load_config(write(tmp_path, GOOD), stale)
     assert "full distribution" in problems(tmp_path, GOOD, *stale, "rollout.top_p=0.9")
+    assert "full distribution" in problems(tmp_path, GOOD, *stale, "rollout.top_k=50")
 
 
 @pytest.mark.parametrize(
