@@ -254,8 +254,9 @@ class PlacementConfig(Section):
     sync_timeout_s: Positive = 300.0
     """Longest wait for any one phase of a sync."""
     heartbeat_s: Positive = 60.0
-    """An engine that serves and does not answer a ping for so long is ended and started again. More
-    than the longest step of its model takes."""
+    """An engine that serves, a learner rank or a reward actor at work that does not answer a ping
+    for so long is ended and started again. More than the longest step of an engine's model takes;
+    ranks that read or write files have ten times as long."""
 
 
 class EvalConfig(Section):
