@@ -15,7 +15,7 @@ from medrl.reports.lines import read_lines
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
-STEPS = 10
+STEPS = 6
 COLUMNS = ["draw", "version", "token_ids", "logprobs", "reward", "advantage"]
 
 
@@ -27,7 +27,7 @@ def test_a_run_ahead_of_its_learner_that_lost_an_engine_is_repeated(
     process = medrl(
         *("train", config, "run.name=ahead", "run.deterministic=true", f"run.steps={STEPS}"),
         *("rollout.staleness=1", "learner.importance_cap=2.0", "run.checkpoint_every=0"),
-        *("eval.every=0", "data.test=''"),
+        *("eval.every=0", "data.test=''", "placement.learners=1"),
         cwd=folder,
     )
     wait_for(lambda: len(read_lines(then / "metrics.jsonl")) >= 2, process)
