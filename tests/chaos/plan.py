@@ -82,17 +82,25 @@ def fewer(counts: Mapping[Phase, Mapping[str, int]], total: int) -> dict[Phase, 
     }
 
 
+def only(counts: Mapping[Phase, Mapping[str, int]], part: str) -> dict[Phase, dict[str, int]]:
+    """One of each whose name holds `part`, in each phase that has it."""
+    return {
+        phase: {name: min(1, count) for name, count in of.items() if part in name}
+        for phase, of in counts.items()
+    }
+
+
 def plan(
-    counts: Mapping[str, int], rng: random.Random, *, first: int, steps: int
+    counts: Mapping[str, int], rng: random.Random, *, first: int, last: int
 ) -> Sequence[Planned]:
-    """The faults in a random order, at moments spread over steps `first` to `steps` - 3."""
+    """The faults in a random order, at moments spread over the steps from `first` to `last`."""
     by_name = {fault.name: fault for fault in FAULTS}
     order = [by_name[name] for name, count in counts.items() for _ in range(count)]
     rng.shuffle(order)
     planned: list[Planned] = []
     together = False
     for number, fault in enumerate(order):
-        at = first + (number + rng.random()) / len(order) * (steps - 3 - first)
+        at = first + (number + rng.random()) / len(order) * (last - first)
         # Never three at once: four deaths without a step are a crash loop, and end the run.
         together = bool(planned) and not together and rng.random() < AT_ONCE
         if together:

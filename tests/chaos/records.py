@@ -96,6 +96,7 @@ def settle(
             _settle_outage(record, every, incarnations)
         else:
             _settle_by_step(record, incarnations)
+            _account_for_rewards(record, every)
     return [outage for outage in every if not outage.taken]
 
 
@@ -137,6 +138,18 @@ def _settle_by_step(record: Recorded, incarnations: Sequence[Incarnation]) -> No
         record.outcome = "at the end"
     else:
         record.outcome = "the run did not go on"
+
+
+def _account_for_rewards(record: Recorded, every: Sequence[Outage]) -> None:
+    """Their outage, where there is one, is the fault's; but a step after it says more."""
+    mine = (
+        it
+        for it in every
+        if record.who == "reward" and it.who == "rewards" and not it.taken
+        if record.time <= it.left < record.time + NOTICED_WITHIN_S
+    )
+    if outage := next(mine, None):
+        outage.taken += 1
 
 
 def _end_of(time: float, incarnations: Sequence[Incarnation]) -> float:

@@ -33,7 +33,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "rewards")]
 import checks  # noqa: E402
 import judge  # noqa: E402
 from faults import FAULTS, Phase  # noqa: E402
-from plan import FULL, SHORT, Planned, fewer, plan  # noqa: E402
+from plan import FULL, SHORT, Planned, fewer, only, plan  # noqa: E402
 from records import Recorded  # noqa: E402
 from sizes import CHECKPOINT_EVERY, FULL_SIZE, SHORT_SIZE, TIMEOUTS, Size, write_config  # noqa: E402
 from stage import Died, Stage  # noqa: E402
@@ -104,6 +104,8 @@ class Soak:
         if phase == "noise" and not self.size.held_out:
             return None
         stage = self._stage(phase, f"{phase}-undisturbed")
+        if phase == "equal" and not self.size.held_out:
+            stage.overrides += ("placement.engines=1",)  # any number of engines gives the same
         self._say(f"{phase}: the undisturbed run")
         try:
             stage.start()
@@ -117,9 +119,9 @@ class Soak:
         return stage.run_dir
 
     def _stage(self, phase: Phase, name: str) -> Stage:
-        own: tuple[str, ...] = ("run.deterministic=true", "eval.max_prompts=16")
+        own: tuple[str, ...] = ("run.deterministic=true", "eval.max_prompts=8")
         if phase == "noise":
-            held_out = f"eval.max_prompts={self.size.held_out or 16}"
+            held_out = f"eval.max_prompts={self.size.held_out or 8}"
             own = ("rollout.staleness=1", "learner.importance_cap=2.0", held_out)
         return Stage(
             folder=self.folder,
@@ -132,9 +134,10 @@ class Soak:
 
     def _hurt(self, stage: Stage, phase: Phase) -> None:
         steps, rng = self.size.steps[phase], random.Random(f"{self.seed} {phase} plan")
-        # From the second checkpoint on, so that there is one before a damaged one.
-        first = 2 * CHECKPOINT_EVERY + 1
-        planned = plan(self.counts[phase], rng, first=first, steps=steps)
+        # From the second checkpoint on, so that there is one before a damaged one; and until one is
+        # still to come before the last, which must succeed.
+        first, last = 2 * CHECKPOINT_EVERY + 1, steps - 2 * CHECKPOINT_EVERY
+        planned = plan(self.counts[phase], rng, first=first, last=last)
         self._say(f"{phase}: {len(planned)} faults in {steps} steps")
         stage.start()
         for one in planned:
@@ -228,27 +231,26 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def soak(folder: Path, *, seed: int, total: int, short: bool, out: Path | None) -> bool:
-    """Run one in the empty `folder`; whether all holds. `total`: about so many faults; 0: all."""
-    counts, size = (SHORT, SHORT_SIZE) if short else (FULL, FULL_SIZE)
-    one = Soak(folder, size, fewer(counts, total) if total else counts, seed)
-    good = one.run()
-    if out:
-        out.write_text(json.dumps(one.report))
-    return good
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=0, help="about so many; 0: all there are")
     parser.add_argument("--short", action="store_true", help="a few faults in small runs")
+    parser.add_argument("--only", default="", help="one of each whose name holds this")
     parser.add_argument("--out", type=Path, help="write the report there, as JSON")
     asked = parser.parse_args()
     if "CHAOS_INSIDE" not in os.environ:
         _enter_a_mount_namespace()
+    counts, size = (SHORT, SHORT_SIZE) if asked.short else (FULL, FULL_SIZE)
+    if asked.only:
+        counts = only(FULL, asked.only)
+    elif asked.faults:
+        counts = fewer(counts, asked.faults)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    good = soak(folder, seed=asked.seed, total=asked.faults, short=asked.short, out=asked.out)
+    soak = Soak(folder, size, counts, asked.seed)
+    good = soak.run()
+    if asked.out:
+        asked.out.write_text(json.dumps(soak.report))
     if good:
         for mounted in (folder / "runs").glob("*/checkpoints"):
             subprocess.run(["umount", mounted], capture_output=True)

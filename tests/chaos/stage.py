@@ -81,7 +81,8 @@ class Stage:
         metrics = self.run_dir / "metrics.jsonl"
         self._inode = metrics.stat().st_ino if metrics.exists() else None
         number = len(self.incarnations) + 1
-        temporary = self.folder / f"{self.name[0]}{number}"  # short: Unix sockets lie in it
+        initials = "".join(word[0] for word in self.name.split("-"))
+        temporary = self.folder / f"{initials}{number}"  # short: Unix sockets lie in it
         for folder in (temporary, self.orders, self.folder / "inductor"):
             folder.mkdir(exist_ok=True)
         self.incarnations.append(Incarnation(began=time.time(), temporary=temporary))
@@ -107,9 +108,9 @@ class Stage:
     def step(self) -> int:
         """The last that is done; -1: this incarnation is not up."""
         metrics = self.run_dir / "metrics.jsonl"
-        if not metrics.exists() or metrics.stat().st_ino == self._inode:
-            return -1  # not yet taken back to its checkpoint
         if self.now.up is None:
+            if not metrics.exists() or metrics.stat().st_ino == self._inode:
+                return -1  # not yet taken back to its checkpoint
             self.now.up = time.time()
         lines = read_lines(metrics)
         return int(lines[-1]["step"]) if lines else 0
