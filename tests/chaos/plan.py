@@ -82,10 +82,12 @@ def fewer(counts: Mapping[Phase, Mapping[str, int]], total: int) -> dict[Phase, 
     }
 
 
-def only(counts: Mapping[Phase, Mapping[str, int]], part: str) -> dict[Phase, dict[str, int]]:
-    """One of each whose name holds `part`, in each phase that has it."""
+def only(
+    counts: Mapping[Phase, Mapping[str, int]], parts: Sequence[str]
+) -> dict[Phase, dict[str, int]]:
+    """One of each whose name holds any of `parts`, in each phase that has it."""
     return {
-        phase: {name: min(1, count) for name, count in of.items() if part in name}
+        phase: {name: 1 for name in of if any(part in name for part in parts)}
         for phase, of in counts.items()
     }
 

@@ -236,14 +236,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=0, help="about so many; 0: all there are")
     parser.add_argument("--short", action="store_true", help="a few faults in small runs")
-    parser.add_argument("--only", default="", help="one of each whose name holds this")
+    parser.add_argument("--only", default="", help="one of each named so in part: a,b")
     parser.add_argument("--out", type=Path, help="write the report there, as JSON")
     asked = parser.parse_args()
     if "CHAOS_INSIDE" not in os.environ:
         _enter_a_mount_namespace()
     counts, size = (SHORT, SHORT_SIZE) if asked.short else (FULL, FULL_SIZE)
     if asked.only:
-        counts = only(FULL, asked.only)
+        counts = only(FULL, asked.only.split(","))
     elif asked.faults:
         counts = fewer(counts, asked.faults)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
