@@ -60,7 +60,7 @@ class RewardProcess:
         self._lock = threading.Lock()  # over _process, _link, _closed
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
-        self._running = mmap.mmap(-1, 1)  # the term it is in, counted from 1; 0: none
+        self._running = mmap.mmap(-1, 1)  # the term it was in last, counted from 1; 0: none
         self._closed = False
 
     @property
@@ -118,7 +118,7 @@ class RewardProcess:
         self._kill()
 
     def _term(self) -> str:
-        """Which reward the process was in when it was lost; empty: none."""
+        """Which reward the process was in when it was lost, or in last; empty: none."""
         number = self._running[0]
         return f"{name_of(self._setup.terms[number - 1][0])}: " if number else ""
 

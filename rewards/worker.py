@@ -64,7 +64,6 @@ def _serve(link: socket.socket, rewards: Rewards, running: mmap.mmap) -> None:
     process = os.getpid()
     for number, completion in message["items"]:
         score = rewards.score(prompts[number], completion, begin)
-        running[0] = 0
         if os.getpid() != process:  # a reward forked and returned, and this is the child
             os._exit(0)
         link.sendall(pack(asdict(score)))
