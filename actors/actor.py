@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from medrl.actors.engine import Engine
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
@@ -60,21 +60,50 @@ def death(error: RayActorError) -> str:
     return first.rstrip(". ") + ("; often it was killed for lack of memory" if killed else "")
 
 
+async def in_place(make: Callable[[], Any]) -> Any:
+    """The Ray actor that `make` asks for, once it runs; to find room for it may take for ever.
+
+    Ray takes some 15 s to notice that a node is gone. An actor that it sends there meanwhile never
+    runs, and ends when Ray does notice: then another is asked for."""
+    while True:
+        actor = make()
+        try:
+            await actor.__ray_ready__.remote()
+            return actor
+        except RayActorError as error:
+            ray.kill(actor)
+            gone = "its node has died" in str(error)  # Ray has no other name for it
+            if not gone and not isinstance(error, ActorUnavailableError):
+                raise
+        except BaseException:
+            ray.kill(actor)
+            raise
+
+
 async def create_engine(
     *,
     options: Mapping[str, Any],
     timeout_s: float,
     call_timeout_s: float,
+    room_timeout_s: float | None = None,
     on_created: Callable[[RayEngine], object] = lambda engine: None,
     **settings: Any,
 ) -> RayEngine:
     """Start a `VllmEngine(**settings)` as a Ray actor with `options`; returns when it is up.
 
     `on_created` gets the handle before that, so that the caller can end an engine that does not
-    come up. Raises `EngineError`, also past `timeout_s`.
+    come up. Raises `EngineError`, also where there is no room within `room_timeout_s` (None: for
+    ever), or it is not up within `timeout_s` of having room.
     """
     index: int = settings["index"]
-    actor = ray.remote(EngineActor).options(**options).remote()
+    try:
+        async with asyncio.timeout(room_timeout_s):
+            actor = await in_place(lambda: ray.remote(EngineActor).options(**options).remote())
+    except TimeoutError:
+        text = f"no room for engine {index} within {room_timeout_s:g} s"
+        raise as_death(EngineError(text)) from None
+    except RayError as error:  # an environment that is not made
+        raise as_death(EngineError(f"engine {index} cannot be started: {error}")) from error
     engine = RayEngine(actor, index, settings["rollout"].timeout_s, call_timeout_s)
     on_created(engine)
     await engine.answer("start", actor.start.remote, timeout_s, settings)

@@ -25,18 +25,25 @@ MAX_DEATHS = 4
 try ends before any work is done, more of them are not likely to do better."""
 
 
+Event = Literal["left", "waiting", "returned", "given up", "joined"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """That a part of the run left, came back, or is given up."""
+    """That a part of the run left, waits for room, came back, is given up, or is new."""
 
     who: str  # "engine 1", "learner"
-    event: Literal["left", "returned", "given up"]
-    cause: str  # of its leaving
+    event: Event
+    cause: str  # of its leaving or waiting
     seconds: float = 0.0  # out of service until now
 
     def __str__(self) -> str:
         if self.event == "left":
             return f"{self.who} is started again: {self.cause}"
+        if self.event == "waiting":
+            return f"{self.who} waits for room: {self.cause}"
+        if self.event == "joined":
+            return f"{self.who} joins"
         if self.event == "returned":
             return f"{self.who} is back after {self.seconds:.1f} s"
         return f"{self.who} is given up after {MAX_DEATHS} deaths, the first: {self.cause}"
@@ -61,6 +68,9 @@ class EnginePool:
         self._serving: set[int] = set()
         self._fallen: dict[int, Engine | None] = {}  # what is left of it may still have to be ended
         self._records: dict[int, _Record] = {}
+        self._known: set[int] = set()  # that were ever up
+        self._new: set[int] = set()  # came later, and have not served yet
+        self._stop: str | None = None  # why nobody waits for an engine any more
         self._failure: EngineError | None = None
         self._changed = asyncio.Event()
 
@@ -81,10 +91,14 @@ class EnginePool:
         """Those to be started again, and what is left of each."""
         return dict(self._fallen)
 
-    def add(self, index: int, engine: Engine) -> None:
-        """It is up: stale until `serve`."""
+    def add(self, index: int, engine: Engine, *, later: bool = False) -> None:
+        """It is up: stale until `serve`. `later`: after the start, when one that never was up has
+        the pool grow."""
         self._fallen.pop(index, None)
         self._up[index] = engine
+        if later and index not in self._known:
+            self._new.add(index)
+        self._known.add(index)
         self.changed()
 
     def serve(self, members: Mapping[int, Engine]) -> None:
@@ -94,9 +108,13 @@ class EnginePool:
                 continue  # it fell meanwhile
             self._serving.add(index)
             record = self._records.get(index)
-            if record and record.since is not None:
-                gone_s, record.since = time.monotonic() - record.since, None
-                self._tell(index, "returned", record.first, gone_s)
+            if index in self._new:
+                self._new.remove(index)
+                self._tell(index, "joined")
+            elif record and record.since is not None:
+                self._tell(index, "returned", record.first, time.monotonic() - record.since)
+            if record:
+                record.since = None
         self.changed()
 
     def rest(self, members: Mapping[int, Engine]) -> None:
@@ -122,7 +140,14 @@ class EnginePool:
             record.since = time.monotonic()
         if engine is not None:
             self._tell(index, "left", cause)
+        if self._stop and not self._up:
+            self.close(self._stop)
         self.changed()
+
+    def waits(self, index: int, lacking: str) -> None:
+        """It left, and there is no room to start it again: that is no death."""
+        if index in self._fallen:
+            self._tell(index, "waiting", lacking)
 
     def deaths(self, index: int) -> int:
         """In a row, without a finished group in between."""
@@ -136,6 +161,12 @@ class EnginePool:
         if not self._up and not self._fallen:
             self.close(f"no engine is left: each died {MAX_DEATHS} times without finishing a group")
         self.changed()
+
+    def stop(self, reason: str) -> None:
+        """What is asked now may end, but nobody is to wait until an engine comes back."""
+        self._stop = reason
+        if not self._up:
+            self.close(reason)
 
     def close(self, reason: str) -> None:
         """No engine comes back: whoever waits for one gets the first cause, and `reason`."""
@@ -157,11 +188,7 @@ class EnginePool:
             await self._changed.wait()
 
     def _tell(
-        self,
-        index: int,
-        event: Literal["left", "returned", "given up"],
-        cause: MedrlError,
-        seconds: float = 0.0,
+        self, index: int, event: Event, cause: MedrlError | str = "", seconds: float = 0.0
     ) -> None:
         first_line = str(cause).partition("\n")[0]
         self.tell(Outage(who=f"engine {index}", event=event, cause=first_line, seconds=seconds))

@@ -65,13 +65,14 @@ class Sampler:
         ) from deaths[0]
 
     def take_idle_seconds(self) -> float:
-        """Mean seconds an engine had nothing to do since the last call."""
-        now = time.monotonic()
+        """Mean seconds an engine that is up had nothing to do since the last call."""
+        now, up = time.monotonic(), self._pool.up
+        # One that left is not idle: it may stay away for long.
+        self._idle_since = {i: since for i, since in self._idle_since.items() if i in up}
         for index, since in self._idle_since.items():
             self._idle_s += now - since
             self._idle_since[index] = now
-        engines = len(self._idle_since.keys() | self._load.keys())
-        idle, self._idle_s = self._idle_s / max(1, engines), 0.0
+        idle, self._idle_s = self._idle_s / max(1, len(up)), 0.0
         return idle
 
     async def _ask(self, engine: Engine, index: int, request: RolloutRequest) -> Group:

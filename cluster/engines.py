@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,7 @@ from medrl.configs.schema import Config, ModelConfig
 from medrl.rewards.scorer import StrictScorer
 
 _SCRATCH = re.compile("medrl-[0-9a-f]{12}")
+ROOM_S = 10.0  # an engine that left and has no room by then is said to wait
 MAX_SEQUENCES = 256  # completions an engine works on at once; more wait for whoever is free first
 
 
@@ -53,34 +54,59 @@ class Engines:
         self._numbers = count()
         self._folders: dict[int, Path] = {}  # of the last engine of an index
         self._started: list[RayEngine] = []
+        self._further: dict[int, asyncio.Task[RayEngine]] = {}  # that are being started
+        self._waiting: set[int] = set()  # for room
         self.pool = EnginePool()
 
     async def start(self) -> EnginePool:
-        """All of them, at once; each is stale."""
+        """The fewest there may be, at once; each is stale. Where there is room the others are
+        started as well, but not waited for."""
         self._clear_after_a_kill()
-        indices = range(self._config.placement.engines)
-        for index, engine in enumerate(await asyncio.gather(*map(self.start_one, indices))):
+        placement = self._config.placement
+        for index in range(placement.min_engines, placement.max_engines):
+            self._further[index] = asyncio.create_task(self.start_one(index))
+        limit = placement.start_timeout_s
+        first = (self.start_one(index, limit) for index in range(placement.min_engines))
+        for index, engine in enumerate(await asyncio.gather(*first)):
             self.pool.add(index, engine)
         return self.pool
 
-    async def start_one(self, index: int) -> RayEngine:
-        """Raises `EngineError`, within placement.start_timeout_s; then nothing is left of it."""
+    async def start_one(self, index: int, room_timeout_s: float | None = None) -> RayEngine:
+        """Raises `EngineError`, also where it has no room within `room_timeout_s` (None: for ever),
+        or is not up placement.start_timeout_s later; then nothing is left of it."""
         begun = len(self._started)
+        self._waiting.add(index)
+        told = asyncio.get_running_loop().call_later(ROOM_S, self._say_that_it_waits, index)
+
+        def on_created(engine: RayEngine) -> None:
+            self._waiting.discard(index)
+            told.cancel()
+            self._started.append(engine)
+
         try:
-            return await self._create(index)
+            return await self._create(index, room_timeout_s, on_created)
         except EngineError:
             await close_all([one for one in self._started[begun:] if one.index == index])
             raise
+        finally:
+            self._waiting.discard(index)
+            told.cancel()
 
-    async def _create(self, index: int) -> RayEngine:
+    async def _create(
+        self,
+        index: int,
+        room_timeout_s: float | None,
+        on_created: Callable[[RayEngine], object],
+    ) -> RayEngine:
         config = self._config
         if index in self._folders:
             clear(self._folders[index])  # one that was killed could not
         # One that is started again does not meet what the one before left.
         self._folders[index] = self._scratch / str(next(self._numbers))
         return await create_engine(
-            options=self._placement.engine_options(index),
-            on_created=self._started.append,
+            options=await self._placement.engine_options(index),
+            on_created=on_created,
+            room_timeout_s=room_timeout_s,
             timeout_s=config.placement.start_timeout_s,
             call_timeout_s=config.placement.sync_timeout_s,
             model=model_at(config, self._model),
@@ -101,20 +127,35 @@ class Engines:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Those that die in the block are started again."""
+        """Those that die in the block are started again, and those there was no room for."""
         placement = self._config.placement
         supervisor = Supervisor(
             self.pool,
-            self.start_one,
+            self._next,
             heartbeat_s=placement.heartbeat_s,
             patience_s=placement.start_timeout_s,
+            lacking=self._lacking,
         )
-        async with supervisor.watching(range(placement.engines)):
+        async with supervisor.watching(range(placement.max_engines)):
             yield
 
     async def close(self) -> None:
+        for task in self._further.values():
+            task.cancel()
+        await asyncio.gather(*self._further.values(), return_exceptions=True)
         await close_all(self._started)
         clear_all(self._scratch)  # an engine that was killed could not
+
+    async def _next(self, index: int) -> RayEngine:
+        begun = self._further.pop(index, None)
+        return await (begun or self.start_one(index))
+
+    def _say_that_it_waits(self, index: int) -> None:
+        self.pool.waits(index, self._placement.lacking(index))
+
+    def _lacking(self) -> str:
+        waiting = sorted(self._waiting)
+        return f"engine {waiting[0]}: {self._placement.lacking(waiting[0])}" if waiting else ""
 
     def _clear_after_a_kill(self) -> None:
         """A run that is resumed deletes what it left on this machine when all of it was killed."""

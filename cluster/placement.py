@@ -1,7 +1,12 @@
-"""What runs where: a Ray cluster, and in it one placement group for engines and learner ranks.
+"""What runs where: a Ray cluster, and in it placement groups for engines and learner ranks.
 
-Learner ranks come first and bundles are packed, so ranks share a node as far as they fit. The
-group is asked for with a deadline, past which the error says what is missing.
+One group holds what the run cannot start without: learner ranks, then the fewest engines. Bundles
+are packed, so ranks share a node as far as they fit. It is asked for with a deadline, past which
+the error says what is missing. Each further engine has a group of its own, which nothing waits for.
+
+What was on a node that leaves Ray places anew, as soon as there is room for all that its group has
+lost, and before anything new; then actors may be started there. Where ranks have no room, further
+engines give theirs up, one after the other.
 """
 
 from __future__ import annotations
@@ -9,15 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medrl.cluster.loopback import ADDRESS, ENVIRONMENT, ray_on_loopback
@@ -26,7 +35,7 @@ from medrl.configs.errors import PlacementError
 from medrl.configs.schema import PlacementConfig
 
 OBJECT_STORE_BYTES = 256 * 2**20  # of a local cluster: only ids and numbers travel
-POLL_S = 0.2
+LOOK_S = 5.0  # between two looks at whether all ranks have a node
 GRACE_S = 3.0  # for a local cluster's processes to end by themselves
 
 
@@ -38,25 +47,63 @@ class Placement:
     config: PlacementConfig
     group: PlacementGroup
     threads: int  # compute threads of a process on the CPU
+    further: dict[int, PlacementGroup] = field(default_factory=dict)  # by index of engine
+    ranks_placed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def rank_options(self, rank: int) -> dict[str, Any]:
-        return self._options(rank, gpus=0.5 if self.config.colocate else 1)
+        return self._options(self.group, rank, gpus=0.5 if self.config.colocate else 1)
 
-    def engine_options(self, index: int) -> dict[str, Any]:
+    async def engine_options(self, index: int) -> dict[str, Any]:
+        """A further engine's are there once nothing more important waits for room."""
+        gpus = self.config.gpus_per_engine
         if self.config.colocate:
-            return self._options(index, gpus=0.5)
-        return self._options(self.config.learners + index, gpus=self.config.gpus_per_engine)
+            return self._options(self.group, index, gpus=0.5)
+        if index < self.config.min_engines:
+            return self._options(self.group, self.config.learners + index, gpus=gpus)
+        await self.ranks_placed.wait()
+        if index not in self.further:
+            self.further[index] = placement_group([_engine_bundle(self.config, self.device)])
+        return self._options(self.further[index], 0, gpus=gpus)
+
+    def lacking(self, index: int) -> str:
+        """What there is no room for, where engine `index` waits for some."""
+        bundles = [_engine_bundle(self.config, self.device)]
+        if index not in self.further:
+            bundles = list(self._homeless().values()) or bundles
+        return shortage(bundles, ray.available_resources(), ray.cluster_resources())
+
+    async def yield_room(self) -> None:
+        """Take room from further engines while a rank has none. Endless."""
+        while True:
+            if not any(rank < self.config.learners for rank in self._homeless()):
+                self.ranks_placed.set()
+            elif self.ranks_placed.is_set():
+                self.ranks_placed.clear()  # Ray may have room for it: look again before taking any
+            elif placed := [i for i, group in self.further.items() if _is_placed(group)]:
+                remove_placement_group(self.further.pop(max(placed)))
+            await asyncio.sleep(LOOK_S)
+
+    def remove(self) -> None:
+        """All groups; Ray ends what still runs in them."""
+        for group in (self.group, *self.further.values()):
+            remove_placement_group(group)
+
+    def _homeless(self) -> dict[int, dict[str, float]]:
+        """Bundles of the group that have no node, by number."""
+        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        bundles = needed_bundles(self.config, self.device)
+        return {i: bundle for i, bundle in enumerate(bundles) if not nodes.get(i)}
 
     def reward_options(self) -> dict[str, Any]:
         """Outside the group: rewards need no GPU, and Ray may put them where there is room."""
         return {"num_cpus": 0, "runtime_env": {"env_vars": self._environment()}}
 
-    def _options(self, bundle: int, gpus: float) -> dict[str, Any]:
+    def _options(self, group: PlacementGroup, bundle: int, gpus: float) -> dict[str, Any]:
         return {
             "num_cpus": self.config.cpus_per_process,
             "num_gpus": gpus if self.device == "gpu" else 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group, placement_group_bundle_index=bundle
+                group, placement_group_bundle_index=bundle
             ),
             "runtime_env": {"env_vars": self._environment()},
         }
@@ -117,12 +164,20 @@ async def placed(config: PlacementConfig) -> AsyncIterator[Placement]:
     device = choose_device(config)
     bundles = needed_bundles(config, device)
     group = await _claim(config, bundles)
+    cores = os.cpu_count() or 1
+    sharing = max(config.max_engines, config.learners)  # the two kinds mostly take turns
+    placement = Placement(device, config, group, threads=max(1, cores // sharing))
+    yielding = asyncio.create_task(placement.yield_room())
     try:
-        cores = os.cpu_count() or 1
-        sharing = max(config.engines, config.learners)  # the two kinds mostly take turns
-        yield Placement(device, config, group, threads=max(1, cores // sharing))
+        yield placement
     finally:
-        remove_placement_group(group)
+        yielding.cancel()
+        await asyncio.gather(yielding, return_exceptions=True)
+        placement.remove()
+
+
+def _is_placed(group: PlacementGroup) -> bool:
+    return bool(placement_group_table(group)["state"] == "CREATED")
 
 
 def choose_device(config: PlacementConfig) -> Literal["cpu", "gpu"]:
@@ -133,29 +188,35 @@ def choose_device(config: PlacementConfig) -> Literal["cpu", "gpu"]:
 
 
 def needed_bundles(config: PlacementConfig, device: str) -> list[dict[str, float]]:
-    """A bundle a process: ranks, then engines; a shared bundle a pair where they are colocated."""
-    cpus, on_gpu = config.cpus_per_process, device == "gpu"
+    """A bundle a process: ranks, then the fewest engines; a shared bundle a pair where they are
+    colocated."""
+    cpus = config.cpus_per_process
     if config.colocate:
-        shared = {"CPU": 2 * cpus, **({"GPU": 1.0} if on_gpu else {})}
-        return [shared] * config.learners
-    rank = {"CPU": cpus, **({"GPU": 1.0} if on_gpu else {})}
-    engine = {"CPU": cpus, **({"GPU": float(config.gpus_per_engine)} if on_gpu else {})}
-    return [rank] * config.learners + [engine] * config.engines
+        return [_bundle(2 * cpus, 1, device)] * config.learners
+    engines = [_engine_bundle(config, device)] * config.min_engines
+    return [_bundle(cpus, 1, device)] * config.learners + engines
+
+
+def _engine_bundle(config: PlacementConfig, device: str) -> dict[str, float]:
+    return _bundle(config.cpus_per_process, config.gpus_per_engine, device)
+
+
+def _bundle(cpus: float, gpus: float, device: str) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": float(gpus)} if device == "gpu" else {})
 
 
 async def _claim(config: PlacementConfig, bundles: list[dict[str, float]]) -> PlacementGroup:
     # A local cluster never grows: what it lacks in all, waiting does not bring.
     hopeless = not config.address and "RAY_ADDRESS" not in os.environ and _lacks(bundles)
     group = placement_group(bundles, strategy="PACK")
-    ready = group.ready()
-    deadline = time.monotonic() + (0 if hopeless else config.deadline_s)
     try:
-        while not ray.wait([ready], timeout=0)[0]:
-            if time.monotonic() > deadline:
-                sentence = missing(bundles, ray.available_resources(), ray.cluster_resources())
-                waited = "" if hopeless else f" (waited {config.deadline_s:g} s, deadline_s)"
-                raise PlacementError(f"{sentence}{waited}")
-            await asyncio.sleep(POLL_S)
+        async with asyncio.timeout(0 if hopeless else config.deadline_s):
+            await group.ready()
+    except TimeoutError:
+        remove_placement_group(group)
+        sentence = missing(bundles, ray.available_resources(), ray.cluster_resources())
+        waited = "" if hopeless else f" (waited {config.deadline_s:g} s, deadline_s)"
+        raise PlacementError(f"{sentence}{waited}") from None
     except BaseException:
         remove_placement_group(group)
         raise
@@ -178,17 +239,25 @@ def missing(
 ) -> str:
     """A sentence that says what was asked for, what there is, and what to change."""
     ask = wanted(bundles)
+    if all(amount <= free.get(kind, 0) for kind, amount in ask.items()):
+        return shortage(bundles, free, total)
+    if ask.get("GPU", 0) > free.get("GPU", 0):
+        advice = "lower placement.engines or placement.learners, or add nodes"
+    else:
+        advice = "lower placement.cpus_per_process, placement.engines or placement.learners"
+    return f"{shortage(bundles, free, total)}; {advice}"
+
+
+def shortage(
+    bundles: list[dict[str, float]], free: dict[str, float], total: dict[str, float]
+) -> str:
+    """What was asked for, and what there is."""
     parts = [
         f"asked for {amount:g} {kind}s, the cluster has {free.get(kind, 0):g} free of "
         f"{total.get(kind, 0):g}"
-        for kind, amount in ask.items()
+        for kind, amount in wanted(bundles).items()
         if amount > free.get(kind, 0)
     ]
-    advice = {
-        "GPU": "lower placement.engines or placement.learners, or add nodes",
-        "CPU": "lower placement.cpus_per_process, placement.engines or placement.learners",
-    }
-    lacking = [kind for kind, amount in ask.items() if amount > free.get(kind, 0)]
-    if not lacking:
+    if not parts:
         return f"no placement for {len(bundles)} bundles of {bundles[0]}: free, but scattered"
-    return f"{'; '.join(parts)}; {advice['GPU' if 'GPU' in lacking else 'CPU']}"
+    return "; ".join(parts)

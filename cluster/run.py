@@ -134,8 +134,7 @@ class Run:
     def stop(self) -> None:
         """Have the loop end after the step it is in."""
         self._stopping = asyncio.ensure_future(self._trainer.stop())
-        if not self._system.pool.up:
-            self._system.pool.close("the run was asked to stop")  # and waits for none to come back
+        self._system.pool.stop("the run was asked to stop")
 
     async def go(self, then: Callable[[Sampler], Awaitable[None]] | None) -> None:
         """Resume where there is a checkpoint, train, evaluate, export. A stop leaves one.

@@ -4,6 +4,9 @@ An engine that serves is pinged: vLLM's own process has to answer, within `heart
 left the pool, whoever saw it, is ended with all its processes and started again in its place; it
 is stale until a push. `patience_s` without any engine, or a crash loop of every one, closes the
 pool: then whoever waits for an engine gets the first cause.
+
+An engine of the pool that was never up yet is started as well, whenever there is room for it. To
+wait for room has no limit and is no death, where others serve.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ class Supervisor:
         *,
         heartbeat_s: float,
         patience_s: float,
+        lacking: Callable[[], str] = lambda: "",
     ) -> None:
-        """`start`: a new engine of this index, or an `EngineError` within a time of its own."""
+        """`start`: a new engine of this index, as soon as there is room, or an `EngineError` within
+        a time of its own. `lacking`: what room there is not; empty where none is waited for."""
         self._pool = pool
         self._start = start
         self._heartbeat_s = heartbeat_s
         self._patience_s = patience_s
+        self._lacking = lacking
 
     @asynccontextmanager
     async def watching(self, indices: Sequence[int]) -> AsyncIterator[None]:
@@ -94,7 +100,7 @@ class Supervisor:
 
     async def _bring_back(self, index: int) -> None:
         try:
-            if rest := self._pool.fallen[index]:
+            if rest := self._pool.fallen.get(index):
                 await rest.close()
             engine = await self._start(index)
             if self._pool.serves_as_started:
@@ -102,7 +108,7 @@ class Supervisor:
         except MedrlError as error:
             self._pool.fail(index, None, error)
             return
-        self._pool.add(index, engine)
+        self._pool.add(index, engine, later=True)
         if self._pool.serves_as_started:
             self._pool.serve({index: engine})
 
@@ -113,6 +119,6 @@ class Supervisor:
                 async with asyncio.timeout(self._patience_s):
                     await self._pool.until(lambda: self._pool.up)
             except TimeoutError:
-                self._pool.close(
-                    f"no engine came back within {self._patience_s:g} s (placement.start_timeout_s)"
-                )
+                told = f"no engine came back within {self._patience_s:g} s"
+                told += " (placement.start_timeout_s)"
+                self._pool.close("; ".join(filter(None, (told, self._lacking()))))

@@ -69,7 +69,8 @@ def _of_placement(config: Config) -> list[str]:
             "sleep while the learner works are never ahead of it, set it to 0"
         )
     if placement.colocate and (
-        placement.engines != placement.learners or placement.gpus_per_engine != 1
+        (placement.min_engines, placement.max_engines) != (placement.learners, placement.learners)
+        or placement.gpus_per_engine != 1
     ):
         problems.append(
             f"placement.colocate: needs one engine a rank, each on one GPU; got {placement.engines}"

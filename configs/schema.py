@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 
 from medrl.configs.algorithms import with_preset
+from medrl.configs.counts import Count, bounds, checked_count
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -58,6 +59,9 @@ class ModelConfig(Section):
     """auto: bfloat16 on GPUs, float32 on CPUs. Engines and learner share it."""
     freeze_vision: bool = False
     """Leave the vision tower as it is."""
+    vision_cache_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """What a vision tower that is not trained makes of an image is kept, so much of it in each
+    rank's main memory, GiB; the least recently used is made again. 0: made anew in every step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     lora_rank: int = Field(0, ge=0)
@@ -232,7 +236,9 @@ class SftConfig(Section):
 
 
 class PlacementConfig(Section):
-    engines: int = Field(1, ge=1)
+    engines: Annotated[Count, PlainValidator(checked_count)] = 1
+    """A number, or from and to, such as "2..8": the run starts with the first and grows and shrinks
+    with the room that the cluster has."""
     gpus_per_engine: int = Field(1, ge=1)
     """Tensor-parallel size of an engine; on CPUs ignored."""
     learners: int = Field(1, ge=1)
@@ -257,6 +263,14 @@ class PlacementConfig(Section):
     """An engine that serves, a learner rank or a reward actor at work that does not answer a ping
     for so long is ended and started again. More than the longest step of an engine's model takes;
     ranks that read or write files have ten times as long."""
+
+    @property
+    def min_engines(self) -> int:
+        return bounds(self.engines)[0]
+
+    @property
+    def max_engines(self) -> int:
+        return bounds(self.engines)[1]
 
 
 class EvalConfig(Section):

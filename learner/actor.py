@@ -11,13 +11,14 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from medrl.actors.actor import death
+from medrl.actors.actor import death, in_place
 from medrl.actors.heartbeat import Hangs, answer
 from medrl.actors.types import (
     Example,
@@ -131,13 +132,10 @@ async def create_learner(
     """
     remote = ray.remote(concurrency_groups={_PING: 1})(LearnerRankActor)
 
-    def make() -> list[Any]:
-        return [
-            remote.options(**options_for_rank(rank)).remote(settings, rank, world)
-            for rank in range(world)
-        ]
+    def make(rank: int) -> Any:
+        return remote.options(**options_for_rank(rank)).remote(settings, rank, world)
 
-    learner = RayLearner(make, timeout_s, heartbeat_s)
+    learner = RayLearner([partial(make, rank) for rank in range(world)], timeout_s, heartbeat_s)
     await learner.restart()
     return learner
 
@@ -146,9 +144,10 @@ class RayLearner:
     """Obeys `learner.learner.Learner` over rank actors. Build it with `create_learner`."""
 
     def __init__(
-        self, make: Callable[[], Sequence[Any]], timeout_s: float, heartbeat_s: float
+        self, make: Sequence[Callable[[], Any]], timeout_s: float, heartbeat_s: float
     ) -> None:
-        """`make`: new rank actors, in order; they have `timeout_s` to load the model."""
+        """`make`: of each rank, what asks Ray for its actor. All have `timeout_s` to find room, and
+        again to load the model."""
         self._make = make
         self._timeout_s = timeout_s
         self._heartbeat_s = heartbeat_s
@@ -157,8 +156,8 @@ class RayLearner:
     async def restart(self) -> None:
         """All ranks, for they hold parts of one optimiser: none can go on without the others."""
         await self.close()
-        self._ranks = list(self._make())
         try:
+            await self._place()
             async with asyncio.timeout(self._timeout_s):
                 address, port = await self.transfer_address()
                 await self.each(
@@ -166,14 +165,35 @@ class RayLearner:
                 )
         except TimeoutError as error:
             text = (
-                f"{len(self._ranks)} learner rank(s) were not up within {self._timeout_s:g} s: "
-                "give them resources, or raise placement.start_timeout_s"
+                f"{len(self._ranks)} learner rank(s) were not up within {self._timeout_s:g} s "
+                "(placement.start_timeout_s) of having room"
             )
             await self.close()
             raise as_death(LearnerError(text)) from error
         except BaseException:
             await self.close()
             raise
+
+    async def _place(self) -> None:
+        """Have all ranks run, on nodes that are there. Where one has no room, none starts."""
+        placing = [asyncio.ensure_future(in_place(make)) for make in self._make]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await asyncio.gather(*placing)
+        except TimeoutError:
+            lacking = sum(not one.done() or one.cancelled() for one in placing)
+            raise LearnerError(
+                f"no room for {lacking} of {len(placing)} learner rank(s) within "
+                f"{self._timeout_s:g} s (placement.start_timeout_s): give them a node, and go on "
+                "from the last checkpoint with --resume"
+            ) from None
+        except RayError as error:
+            raise as_death(LearnerError(f"a learner rank cannot be started: {error}")) from error
+        finally:
+            for one in placing:
+                one.cancel()
+            ended = await asyncio.gather(*placing, return_exceptions=True)
+            self._ranks = [one for one in ended if not isinstance(one, BaseException)]
 
     async def update(self, batch: Sequence[ScoredGroup]) -> UpdateMetrics:
         shared = ray.put(tuple(batch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,3 +258,99 @@ async def test_an_engine_that_serves_as_started_needs_no_push(tmp_path: Path) ->
         async with asyncio.timeout(5):
             await pool.until(lambda: pool.serving)
     assert resumed == [0]
+
+
+class ElasticWorld(FaultyWorld):
+    """A run of which `engines` may serve, where there is room for `room` of them; one is up."""
+
+    def __init__(self, folder: Path, *, engines: int, room: int, steps: int = 60) -> None:
+        super().__init__(folder, steps=steps, delays=(0.001,))
+        self._places = asyncio.Semaphore(room - 1)
+        self._all = range(engines)
+        self.trained_by: list[set[int]] = []
+        self.at_step: dict[int, Callable[[], object]] = {}
+        self.parts = replace(self.parts, after_step=self._look)
+        self.supervisor = Supervisor(
+            self.pool,
+            self.start,
+            heartbeat_s=0.05,
+            patience_s=0.5,
+            lacking=lambda: "no node has a free CPU",
+        )
+
+    async def start(self, index: int) -> FakeEngine:
+        await self._places.acquire()
+        return await super().start(index)
+
+    def room_comes(self) -> None:
+        self._places.release()
+
+    async def run(self) -> None:
+        async with self.supervisor.watching(self._all):
+            await World.run(self)
+
+    async def _look(self, step: int) -> None:
+        self.trained_by.append(set(self.pool.serving))
+        self.at_step.get(step, int)()
+        await asyncio.sleep(0.005)  # so that an engine may start within a run of fakes
+
+    def events(self) -> list[tuple[str, str]]:
+        return [(outage.who, outage.event) for outage in self.outages]
+
+
+async def test_the_pool_grows_when_room_comes_and_new_engines_hold_a_proved_version(
+    tmp_path: Path,
+) -> None:
+    world = ElasticWorld(tmp_path, engines=3, room=2)
+    world.at_step[30] = world.room_comes
+    await world.run()
+    assert world.events() == [("engine 1", "joined"), ("engine 2", "joined")]
+    assert [str(outage) for outage in world.outages] == ["engine 1 joins", "engine 2 joins"]
+    assert len(world.trained_by[29]) == 2
+    assert world.trained_by[-1] == {0, 1, 2}
+    syncs = read_lines(tmp_path / "syncs.jsonl")
+    assert {receipt["engines"] for receipt in syncs} >= {1, 3}
+    assert draws_trained(tmp_path) == list(range(240))
+
+
+async def test_to_wait_for_room_is_no_death_while_another_engine_serves(tmp_path: Path) -> None:
+    """And not given up, however long it takes."""
+    world = ElasticWorld(tmp_path, engines=2, room=2, steps=200)
+
+    def its_node_leaves() -> None:
+        world.engines[1].die()  # type: ignore[attr-defined]
+
+    world.at_step = {20: its_node_leaves, 199: lambda: world.pool.waits(1, "no CPU")}
+    await world.run()
+    joined, left, waiting = world.outages
+    assert [it.event for it in (joined, left, waiting)] == ["joined", "left", "waiting"]
+    assert str(waiting) == "engine 1 waits for room: no CPU"
+    assert world.trained_by[-1] == {0}
+    assert world.pool.deaths(1) == 1
+    assert draws_trained(tmp_path) == list(range(800))
+
+
+async def test_without_room_for_any_engine_the_run_stops_and_says_what_it_lacks(
+    tmp_path: Path,
+) -> None:
+    world = ElasticWorld(tmp_path, engines=2, room=1, steps=500)
+    world.at_step[5] = world.engines[0].die  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=r"start_timeout_s\); no node has a free CPU$"):
+        async with asyncio.timeout(20):
+            await world.run()
+    assert world.buffer.settled
+    assert world.events() == [("engine 0", "left")]
+
+
+async def test_a_stop_does_not_wait_for_engines_that_die_after_it(tmp_path: Path) -> None:
+    world = ElasticWorld(tmp_path, engines=1, room=1, steps=500)
+    world.supervisor = Supervisor(world.pool, world.start, heartbeat_s=0.05, patience_s=1e6)
+
+    def stop() -> None:
+        world.pool.stop("the run was asked to stop")
+        asyncio.get_running_loop().call_later(0.02, world.engines[0].die)  # type: ignore[attr-defined]
+
+    world.at_step[5] = stop
+    with pytest.raises(EngineError, match=r"^engine 0 was killed\nthe run was asked to stop$"):
+        async with asyncio.timeout(20):
+            await world.run()

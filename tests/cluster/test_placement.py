@@ -1,8 +1,11 @@
 """What a run needs of a cluster, and the sentence that says what is missing."""
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from medrl.cluster.placement import missing, needed_bundles, wanted
+from medrl.cluster.placement import Placement, missing, needed_bundles, wanted
 from medrl.configs.schema import PlacementConfig
 
 
@@ -21,6 +24,84 @@ def test_colocated_engines_share_the_ranks_gpus() -> None:
 def test_on_cpus_no_gpu_is_asked_for() -> None:
     config = PlacementConfig(engines=2, learners=2, cpus_per_process=0.4)
     assert wanted(needed_bundles(config, "cpu")) == {"CPU": 1.6}
+
+
+def test_a_run_waits_for_the_fewest_engines_only() -> None:
+    config = PlacementConfig(engines="2..8", learners=3, cpus_per_process=2.0)
+    assert needed_bundles(config, "cpu") == [{"CPU": 2.0}] * 5
+
+
+class FakeRay:
+    """Placement groups: whether each bundle has a node."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *bundles: bool) -> None:
+        self.groups: dict[str, list[bool]] = {"first": list(bundles)}
+        self.removed: list[str] = []
+        monkeypatch.setattr("medrl.cluster.placement.placement_group", self._ask)
+        monkeypatch.setattr("medrl.cluster.placement.placement_group_table", self._table)
+        monkeypatch.setattr("medrl.cluster.placement.remove_placement_group", self.removed.append)
+        monkeypatch.setattr("medrl.cluster.placement.LOOK_S", 0.001)
+        monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
+
+    def _ask(self, bundles: list[dict[str, float]]) -> str:
+        name = f"group {len(self.groups)}"
+        self.groups[name] = [True] * len(bundles)
+        return name
+
+    def _table(self, group: str) -> dict[str, Any]:
+        nodes = self.groups[group]
+        return {
+            "state": "CREATED" if all(nodes) else "RESCHEDULING",
+            "bundles_to_node_id": {i: "a node" if there else "" for i, there in enumerate(nodes)},
+        }
+
+
+async def look(placement: Placement) -> None:
+    """As often as it takes: some hundred times."""
+    looking = asyncio.create_task(placement.yield_room())
+    await asyncio.sleep(0.3)
+    looking.cancel()
+
+
+async def placed_with_two_further_engines() -> Placement:
+    config = PlacementConfig(engines="1..3", learners=1)
+    placement = Placement("cpu", config, "first", threads=1)  # type: ignore[arg-type]
+    placement.ranks_placed.set()
+    for index in range(3):
+        await placement.engine_options(index)
+    assert list(placement.further) == [1, 2]
+    return placement
+
+
+async def test_each_engine_beyond_the_fewest_has_a_group_of_its_own_until_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeRay(monkeypatch, True, True)
+    placement = await placed_with_two_further_engines()
+    await placement.engine_options(2)  # started again: where it was, if that is still there
+    await look(placement)
+    assert not fake.removed
+    placement.remove()
+    assert fake.removed == list(fake.groups) == ["first", "group 1", "group 2"]
+
+
+async def test_further_engines_make_room_for_a_rank_but_not_for_another_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeRay(monkeypatch, True, False)
+    placement = await placed_with_two_further_engines()
+    await look(placement)
+    assert not fake.removed
+    fake.groups["first"] = [False, True]
+    await look(placement)
+    assert fake.removed == ["group 2", "group 1"]
+    again = asyncio.create_task(placement.engine_options(1))
+    await asyncio.sleep(0.01)
+    assert not again.done()  # nothing new is asked for before the rank has its room
+    fake.groups["first"] = [True, True]
+    await look(placement)
+    await again
+    assert list(placement.further) == [1]
 
 
 @pytest.mark.parametrize(

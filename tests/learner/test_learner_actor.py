@@ -134,3 +134,23 @@ async def test_a_model_that_cannot_be_trained_is_the_users_mistake(
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"bert model, needs one of qwen2_vl"):
         await two_ranks(tmp_path, image_root)
+
+
+async def test_without_room_for_all_ranks_none_starts_and_it_is_no_death(
+    local_ray: None, tiny_models: dict[str, Path], image_root: Path
+) -> None:
+    """The run stops then: to try again would only wait again."""
+    with pytest.raises(
+        LearnerError, match=r"no room for 1 of 2 learner rank.* within 10 s"
+    ) as told:
+        await create_learner(
+            settings(tiny_models["qwen2_vl"], image_root),
+            world=2,
+            options_for_rank=lambda rank: {"num_cpus": 2},  # all there are
+            timeout_s=10,
+            heartbeat_s=8,
+        )
+    assert not told.value.died
+    async with asyncio.timeout(30):
+        while ray.available_resources().get("CPU") != 2:  # the one that had room is ended
+            await asyncio.sleep(0.1)
