@@ -18,7 +18,7 @@ from medrl.reports.lines import read_lines
 
 SAME_LOSS = 1e-6
 SETTLED_AGE_S = 60.0  # a process has loaded what it needs by then
-LONG_S = 90.0  # lives that are long enough after that to show a leak
+LONG_S = 60.0  # lives that are long enough after that to show a leak
 GROWTH = 0.10  # of a process's memory that is not called one
 NOISE_BYTES = 48 << 20
 Z = 2.58  # 99 %

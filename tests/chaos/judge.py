@@ -13,12 +13,13 @@ import checks
 from records import Recorded, settle
 from sizes import Size
 from stage import Stage
-from watch import marked
+from watch import Memory, marked
 
 Found = tuple[str, list[str]]  # a check, and what it has found wrong
 
 GONE_WITHIN_S = 20.0  # of the driver's end, all it started
 MEANT_TO_STAY = ("ray", "torchinductor_")  # Ray's logs, torch's cache
+SETTLED_S = 20.0  # of training
 THINNED_S = 10.0  # between the samples of memory that are kept
 
 
@@ -45,18 +46,26 @@ def journal_of(stage: Stage, size: Size, steps: int, schedule: dict[int, str]) -
     yield "each draw trained once", checks.trained_once(run, steps, size.prompts, schedule)
     yield "steps contiguous", checks.steps_contiguous(run, steps)
     yield "versions monotone, digests equal", checks.versions_monotone(run, steps)
-    yield "memory flat", checks.memory_flat(stage.watch.memory)
+    yield "memory flat", checks.memory_flat(settled_memory(stage))
 
 
 def recoveries(stage: Stage, records: Sequence[Recorded]) -> tuple[Found, list[dict[str, Any]]]:
     """Whether every fault was recovered from; and the outages that none accounts for."""
     for record in records:
-        after = (it.time for it in stage.watch.ticks if it.forward and it.time > record.time)
         if record.who not in ("engine", "learner"):
-            record.up = next(after, None)
+            record.up = went_on(record, stage)
     unasked = settle(records, stage.lines("faults"), stage.incarnations)
     told = [{"who": it.who, "cause": it.cause, "seconds": it.seconds} for it in unasked]
     return ("every fault recovered from", checks.all_recovered(records)), told
+
+
+def went_on(record: Recorded, stage: Stage) -> float | None:
+    """When the first step was done that began after the fault; None: there was none."""
+    since, skipped = record.time, 1  # the step that was under way
+    if record.who == "driver":
+        since, skipped = next((it.began for it in stage.incarnations if it.began > since), since), 0
+    ticks = [it.time for it in stage.watch.ticks if it.forward and it.time > since]
+    return ticks[skipped] if len(ticks) > skipped else None
 
 
 def rewards_of(stage: Stage, records: Sequence[Recorded]) -> Found:
@@ -72,7 +81,17 @@ def last_evaluation(run: Path) -> dict[str, Any]:
 
 
 def growth_of(stage: Stage) -> list[tuple[str, int, int, int, float, float]]:
-    return [it for it in checks.growth(stage.watch.memory) if it[0] != "other"]
+    return [it for it in checks.growth(settled_memory(stage)) if it[0] != "other"]
+
+
+def settled_memory(stage: Stage) -> list[Memory]:
+    """From when an incarnation trains: its first steps load what all others use."""
+    lives = [(it.up + SETTLED_S, it.ended) for it in stage.incarnations if it.up and it.ended]
+    return [
+        sample
+        for sample in stage.watch.memory
+        if any(began <= sample.time < ended for began, ended in lives)
+    ]
 
 
 def account(stage: Stage) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checks
 import pytest
+from judge import went_on
 from records import Recorded, settle
 from stage import Incarnation
+from watch import Tick
 
 
 def recorded(time: float, who: str = "engine", **other: Any) -> Recorded:
@@ -78,3 +81,14 @@ def test_a_run_that_does_not_go_on() -> None:
     assert record.outcome == "the run did not go on"
     settle([went_on := recorded(200.0, "driver", up=260.0)], [], WHOLE)
     assert (went_on.outcome, went_on.seconds) == ("recovered", 60.0)
+
+
+def test_when_a_run_went_on(tmp_path: Path) -> None:
+    """A step that was under way when it happened shows nothing, and a driver's recovery begins
+    with the next one's start."""
+    watch = SimpleNamespace(ticks=[Tick(t, int(t), t != 150) for t in (101, 102, 103, 150, 160)])
+    lives = [incarnation(0.0, 104.0, "killed"), incarnation(110.0, 1000.0, "done")]
+    stage: Any = SimpleNamespace(watch=watch, incarnations=lives)
+    assert went_on(recorded(100.5, "reward"), stage) == 102
+    assert went_on(recorded(102.5, "driver"), stage) == 160
+    assert went_on(recorded(155.0, "reward"), stage) is None
