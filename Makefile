@@ -1,6 +1,8 @@
 # make demo    see it work: trains a small vision-language model with GRPO on this machine
 # make test    linter, type checker, all tests
 # make chaos   an hour of faults on a real run, and what must hold after it: SEED=1, FAULTS=12 for few
+# make bench   measure it all beside what a user would take instead, and write docs/benchmarks.md
+# make bench-check  the short forms: fails where a ratio is a fifth below the one on that page
 # make setup   what both share: .venv with everything in it (a second call starts at once)
 # make starter make the demo's starting model again, from nothing
 
@@ -13,7 +15,7 @@ TORCH_INDEX ?=
 EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 
-.PHONY: setup demo test chaos lint starter clean
+.PHONY: setup demo test chaos bench bench-check lint starter clean
 setup: $(READY)
 
 $(READY): pyproject.toml actors/torchvision_cpu.py
@@ -25,7 +27,7 @@ $(READY): pyproject.toml actors/torchvision_cpu.py
 	  { echo "If it was torch that pip did not find: make TORCH_INDEX=<address of PyTorch's index of CPU wheels> setup"; exit 1; }
 	@rm -rf medrl.egg-info build
 	@mkdir -p .types/medrl
-	@for package in actors cluster configs data learner reports rewards; do \
+	@for package in actors bench cluster configs data learner reports rewards; do \
 	  ln -sfn ../../$$package .types/medrl/$$package; done
 ifeq ($(EXTRA),cpu)
 	@for tool in g++ openssl; do command -v $$tool >/dev/null || \
@@ -54,6 +56,13 @@ FAULTS ?= 0
 chaos: setup
 	@mkdir -p runs
 	@$(BIN)/python tests/chaos/soak.py --seed $(SEED) --faults $(FAULTS) --out runs/chaos-$(SEED).json
+
+bench: setup
+	@$(BIN)/python -m medrl.bench
+	@$(BIN)/python -m medrl.bench page
+
+bench-check: setup
+	@$(BIN)/python -m medrl.bench check
 
 starter: setup
 	@$(BIN)/python -m medrl.learner.starter --out starter --seed 0

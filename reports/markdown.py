@@ -46,15 +46,20 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def _markdown(table: Table) -> str:
-    lines = [f"## {_escaped(table.title)}", ""]
-    lines += [_line([_escaped(heading) for heading in table.headings])]
+    lines = [f"## {_escaped(table.title)}", "", *table_lines(table)]
+    return "\n".join([*lines, "", *([_escaped(table.note), ""] if table.note else [])])
+
+
+def table_lines(table: Table) -> list[str]:
+    """Headings and rows, without title and note."""
+    lines = [_line([_escaped(heading) for heading in table.headings])]
     lines += [_line(["---", *["---:"] * (len(table.headings) - 1)])]
     for number, row in enumerate(table.rows):
         cells = [_escaped(cell) for cell in row]
         lines += [
             _line([f"**{c}**" if (number, i) in table.bold else c for i, c in enumerate(cells)])
         ]
-    return "\n".join([*lines, "", *([_escaped(table.note), ""] if table.note else [])])
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

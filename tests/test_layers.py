@@ -26,6 +26,7 @@ LIGHT = {
     "medrl.cluster.supervise": (),
     "medrl.cluster.sync": (),
     "medrl.cluster.cli": (),
+    "medrl.bench.frame": (),
 }
 
 ALLOWED = {
@@ -36,6 +37,7 @@ ALLOWED = {
     "learner": {"learner", "actors", "configs", "data"},
     "reports": {"reports", "data", "rewards", "actors", "configs"},
     "cluster": {"cluster", "reports", "learner", "rewards", "data", "actors", "configs"},
+    "bench": {"bench", "cluster", "reports", "learner", "rewards", "data", "actors", "configs"},
 }
 
 OWNERS = {  # heavy library -> files that may import it, at any depth
@@ -49,6 +51,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
     },
     "deepspeed": {"learner/deepspeed_engine.py"},
     "peft": {"learner/lora.py"},
+    "trl": {"bench/step.py"},
 }
 
 
