@@ -40,6 +40,7 @@ from stage import Died, Stage  # noqa: E402
 
 from medrl.data import phantoms  # noqa: E402
 
+MOST_DEATHS = 2  # of a run that should have gone on, before a phase is given up
 DISK_BYTES = 1 << 30  # of the file system that is filled
 Counts = Mapping[Phase, Mapping[str, int]]
 
@@ -104,8 +105,6 @@ class Soak:
         if phase == "noise" and not self.size.held_out:
             return None
         stage = self._stage(phase, f"{phase}-undisturbed")
-        if phase == "equal" and not self.size.held_out:
-            stage.overrides += ("placement.engines=1",)  # any number of engines gives the same
         self._say(f"{phase}: the undisturbed run")
         try:
             stage.start()
@@ -127,7 +126,7 @@ class Soak:
             folder=self.folder,
             name=name,
             config=self.config,
-            overrides=(f"run.steps={self.size.steps[phase]}", *own),
+            overrides=(f"run.steps={self.size.steps[phase]}", *own, *self.size.own[phase]),
             mark=self.mark,
             rng=random.Random(f"{self.seed} {name}"),
         )
@@ -141,14 +140,24 @@ class Soak:
         self._say(f"{phase}: {len(planned)} faults in {steps} steps")
         stage.start()
         for one in planned:
-            stage.wait(lambda one=one: stage.step >= one.step, f"step {one.step}")
-            time.sleep(one.delay_s)
-            stage.wait(lambda: stage.step >= 0, "the run to be up")
-            if not stage.running:
-                self._note(phase, "all faults were injected", ["the run was done before"])
-                return
-            self._inject(stage, phase, one)
+            try:
+                self._when_due(stage, one)
+                if not stage.running:
+                    self._note(phase, "all faults were injected", ["the run was done before"])
+                    return
+                self._inject(stage, phase, one)
+            except Died as error:
+                self._say(f"the run DIED: {error}")
+                if len(self.found.get(f"{phase}: the run goes on", ())) == MOST_DEATHS:
+                    raise
+                self._note(phase, "the run goes on", [str(error)])
+                stage.start()  # to see what else there is
         stage.wait(lambda: False, "the end of the run")
+
+    def _when_due(self, stage: Stage, one: Planned) -> None:
+        stage.wait(lambda: stage.step >= one.step, f"step {one.step}")
+        time.sleep(one.delay_s)
+        stage.wait(lambda: stage.step >= 0, "the run to be up")
 
     def _inject(self, stage: Stage, phase: Phase, one: Planned) -> None:
         step, out, fault = stage.step, stage.out_now(), one.fault
