@@ -29,7 +29,7 @@ from medrl.configs.schema import Config, ModelConfig
 from medrl.rewards.scorer import StrictScorer
 
 _SCRATCH = re.compile("medrl-[0-9a-f]{12}")
-ROOM_S = 10.0  # an engine that left and has no room by then is said to wait
+ROOM_S = 10.0  # between two looks at whether an engine that left has room
 MAX_SEQUENCES = 256  # completions an engine works on at once; more wait for whoever is free first
 
 
@@ -76,7 +76,7 @@ class Engines:
         or is not up placement.start_timeout_s later; then nothing is left of it."""
         begun = len(self._started)
         self._waiting.add(index)
-        told = asyncio.get_running_loop().call_later(ROOM_S, self._say_that_it_waits, index)
+        told = asyncio.create_task(self._say_if_it_waits(index))
 
         def on_created(engine: RayEngine) -> None:
             self._waiting.discard(index)
@@ -150,12 +150,18 @@ class Engines:
         begun = self._further.pop(index, None)
         return await (begun or self.start_one(index))
 
-    def _say_that_it_waits(self, index: int) -> None:
-        self.pool.waits(index, self._placement.lacking(index))
+    async def _say_if_it_waits(self, index: int) -> None:
+        lacking = ""
+        while not lacking:  # Ray may not have noticed yet that its node is gone
+            await asyncio.sleep(ROOM_S)
+            lacking = self._placement.lacking(index)
+        self.pool.waits(index, lacking)
 
     def _lacking(self) -> str:
-        waiting = sorted(self._waiting)
-        return f"engine {waiting[0]}: {self._placement.lacking(waiting[0])}" if waiting else ""
+        told = {f"engine {i}": self._placement.lacking(i) for i in sorted(self._waiting)}
+        return "; ".join(
+            f"{who} has no room: {lacking}" for who, lacking in told.items() if lacking
+        )
 
     def _clear_after_a_kill(self) -> None:
         """A run that is resumed deletes what it left on this machine when all of it was killed."""

@@ -66,15 +66,22 @@ class Placement:
         return self._options(self.further[index], 0, gpus=gpus)
 
     def lacking(self, index: int) -> str:
-        """What there is no room for, where engine `index` waits for some."""
-        bundles = [_engine_bundle(self.config, self.device)]
-        if index not in self.further:
-            bundles = list(self._homeless().values()) or bundles
+        """What there is no room for, where engine `index` has none; else empty."""
+        if index < self.config.min_engines:
+            homeless = self._homeless()
+            number = index if self.config.colocate else self.config.learners + index
+            bundles = list(homeless.values()) if number in homeless else []
+        else:
+            group = self.further.get(index)
+            there = group and _is_placed(group)
+            bundles = [] if there else [_engine_bundle(self.config, self.device)]
+        if not bundles:
+            return ""
         return shortage(bundles, ray.available_resources(), ray.cluster_resources())
 
     async def yield_room(self) -> None:
-        """Take room from further engines while a rank has none. Endless."""
-        while True:
+        """Take room from further engines while a rank has none; endless where there may be any."""
+        while self.config.max_engines > self.config.min_engines:
             if not any(rank < self.config.learners for rank in self._homeless()):
                 self.ranks_placed.set()
             elif self.ranks_placed.is_set():

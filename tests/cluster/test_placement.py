@@ -104,6 +104,20 @@ async def test_further_engines_make_room_for_a_rank_but_not_for_another_engine(
     assert list(placement.further) == [1]
 
 
+async def test_only_what_has_no_node_is_said_to_lack_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch, True, True)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    placement = await placed_with_two_further_engines()
+    assert [placement.lacking(index) for index in range(3)] == ["", "", ""]
+    fake.groups["first"] = [False, False]
+    fake.groups["group 2"] = [False]
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 0.0})
+    assert placement.lacking(0) == "asked for 2 CPUs, the cluster has 0 free of 4"
+    assert placement.lacking(1) == ""
+    assert placement.lacking(2) == "asked for 1 CPUs, the cluster has 0 free of 4"
+
+
 @pytest.mark.parametrize(
     ("free", "said"),
     [
