@@ -67,8 +67,8 @@ class Moved:
             raise Refused(f"{self.whose}: the sync moved {self.bytes} bytes")
         if same := [name for name in self.after if self.after[name] == self.before.get(name)]:
             raise Refused(
-                f"{self.whose}: the sync left {len(same)} of {len(self.after)} tensors as they were, "
-                f"{same[0]} the first"
+                f"{self.whose}: the sync left {len(same)} of {len(self.after)} tensors as they "
+                f"were, {same[0]} the first"
             )
 
 

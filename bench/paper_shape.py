@@ -30,7 +30,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     model, data = folder / "model", folder / "phantoms"
     if not model.exists():
         words = list(phantoms.texts())
-        sizes = {"hidden": 512, "layers": 8, "vision_hidden": 256, "vision_layers": 6}
+        sizes: dict[str, Any] = {"hidden": 512, "layers": 8, "vision_hidden": 256, "vision_layers": 6}
         tiny.build("qwen2_vl", model, corpus=words, **sizes)
     if not data.exists():
         phantoms.generate(data, train=64, test=8, seed=0, size=SIDE)

@@ -29,6 +29,6 @@ class ShufflingScorer(RayScorer):
 
 
 if __name__ == "__main__":
-    start.RayScorer = ShufflingScorer  # type: ignore[misc, attr-defined]
+    start.RayScorer = ShufflingScorer  # type: ignore[attr-defined]
     sys.argv[1:1] = ["train"]
     cli.main()
