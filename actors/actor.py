@@ -14,7 +14,13 @@ from medrl.actors.engine import Engine
 from medrl.actors.types import Group, RolloutRequest, SyncPlan, WeightMeta
 from medrl.configs.errors import EngineError, MedrlError, as_death
 
+_NODE_GONE = "its node has died"  # Ray has no other name for it
 _GRACE_S = 2.0  # on top of a collective's own deadline, whose error says more
+_WHY = {
+    _NODE_GONE: "; its node has left",
+    "placement group was removed": "; its room was given to a learner rank",
+    "Worker exit type: SYSTEM_ERROR": "; often it was killed for lack of memory",
+}
 _CLOSE_S = 6.0  # for vLLM to end its processes; then the actor is killed
 
 
@@ -56,8 +62,8 @@ class EngineActor:
 def death(error: RayActorError) -> str:
     """Ray's account of a dead actor in one sentence: it prints a page."""
     first, _, rest = str(error).partition("\n")
-    killed = "Worker exit type: SYSTEM_ERROR" in rest
-    return first.rstrip(". ") + ("; often it was killed for lack of memory" if killed else "")
+    told = next((why for sign, why in _WHY.items() if sign in rest), "")
+    return first.partition(": RpcError")[0].rstrip(". ") + told
 
 
 async def in_place(make: Callable[[], Any]) -> Any:
@@ -72,8 +78,7 @@ async def in_place(make: Callable[[], Any]) -> Any:
             return actor
         except RayActorError as error:
             ray.kill(actor)
-            gone = "its node has died" in str(error)  # Ray has no other name for it
-            if not gone and not isinstance(error, ActorUnavailableError):
+            if _NODE_GONE not in str(error) and not isinstance(error, ActorUnavailableError):
                 raise
         except BaseException:
             ray.kill(actor)
