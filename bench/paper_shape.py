@@ -24,14 +24,14 @@ PROMPTS, COMPLETIONS, TOKENS, SIDE = 4, 8, 64, 392
 
 def prepare(folder: Path) -> tuple[Path, Path]:
     """The model and the data, made once."""
+    from medrl.bench.shapes import SIZES
     from medrl.data import phantoms
     from medrl.learner import tiny
 
     model, data = folder / "model", folder / "phantoms"
     if not model.exists():
         words = list(phantoms.texts())
-        sizes: dict[str, Any] = {"hidden": 512, "layers": 8, "vision_hidden": 256, "vision_layers": 6}
-        tiny.build("qwen2_vl", model, corpus=words, **sizes)
+        tiny.build("qwen2_vl", model, corpus=words, **SIZES)
     if not data.exists():
         phantoms.generate(data, train=64, test=8, seed=0, size=SIDE)
     return model, data
