@@ -240,14 +240,20 @@ class RayLearner:
         sent: Sent = (await self.each("sending weights", lambda rank: rank.send.remote()))[0]
         return sent
 
+    # Ranks may have another working directory, on other nodes for sure.
+
     async def save(self, folder: Path) -> None:
-        await self.each("saving", lambda rank: rank.save.remote(folder), patience=_FILES)
+        await self.each("saving", lambda rank: rank.save.remote(folder.absolute()), patience=_FILES)
 
     async def load(self, folder: Path) -> None:
-        await self.each("loading", lambda rank: rank.load.remote(folder), patience=_FILES)
+        await self.each(
+            "loading", lambda rank: rank.load.remote(folder.absolute()), patience=_FILES
+        )
 
     async def export(self, folder: Path) -> None:
-        await self.each("exporting", lambda rank: rank.export.remote(folder), patience=_FILES)
+        await self.each(
+            "exporting", lambda rank: rank.export.remote(folder.absolute()), patience=_FILES
+        )
 
     async def close(self) -> None:
         """Safe to call twice; `restart` may follow."""
