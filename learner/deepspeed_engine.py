@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from medrl.learner.settings import LearnerSettings
 from medrl.learner.state_files import StateFiles
 from medrl.learner.transports import Sender, open_sender
 from medrl.learner.update import Updater
+from medrl.learner.vision import FeatureCache, ImageInputs
 from medrl.learner.weight_source import ModuleSource
 from medrl.learner.zero import partitioned_load, silence, zero_config, zero_stage
 
@@ -66,14 +68,17 @@ class DeepSpeedRank:
         self._reader = models.PromptReader(path, _image_store(settings), trust=trust)
         # transformers asks this object, held by a weak reference, how to load the weights.
         self._partitioned_load = partitioned_load(settings) if self._stage == 3 else None
+        self._features = FeatureCache(int(settings.model.vision_cache_gib * 2**30))
         policy = models.load_policy(
             path,
             getattr(torch, settings.dtype),
             forbidden=self._reader.forbidden,
             freeze_vision=settings.model.freeze_vision,
             gradient_checkpointing=settings.model.gradient_checkpointing,
+            features=self._features,
             trust=trust,
         )
+        self._agree_on_vision(policy)
         self._adapters = lora.attach(policy.vlm, settings.model, settings.seed)
         self._engine = self._deepspeed.initialize(
             model=policy, optimizer=adamw(policy, settings.learner), config=zero_config(settings)
@@ -139,6 +144,7 @@ class DeepSpeedRank:
             raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
         if path is None:
             raise CheckpointError(f"checkpoint {folder} has no state of DeepSpeed's")
+        self._features.clear()
         self._version = saved.version
 
     def export(self, folder: Path) -> None:
@@ -155,7 +161,7 @@ class DeepSpeedRank:
     # What `learner.stepper.Stepper` promises.
 
     def score(
-        self, rows: RowBatch, images: list[models.ImageInputs], *, reference: bool = False
+        self, rows: RowBatch, images: list[ImageInputs], *, reference: bool = False
     ) -> tuple[Tensor, Tensor]:
         module: Any = self._reference if reference else self._engine
         scored: tuple[Tensor, Tensor] = module(rows.to(self.device), images)
@@ -218,13 +224,20 @@ class DeepSpeedRank:
             self._settings.model.path,
             getattr(torch, self._settings.dtype),
             forbidden=self._reader.forbidden,
+            features=self._features,  # a tower that the policy does not train is this one
             trust=self._settings.model.runs_code,
         ).requires_grad_(False)
+        self._agree_on_vision(frozen)
         if self._stage != 3:
             return frozen.to(self.device).eval()
         return self._deepspeed.initialize(model=frozen.eval(), config=zero_config(self._settings))[
             0
         ]
+
+    def _agree_on_vision(self, policy: models.Policy) -> None:
+        """Not a method of this rank: DeepSpeed would keep it, with its partitioned load, alive."""
+        if self._stage == 3:
+            policy.vision.most = partial(_most_of_ranks, device=self.device)
 
     def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[object]:
         gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
@@ -276,6 +289,13 @@ def _join(settings: LearnerSettings, rank: int, world: int, address: str, port: 
             f"rank {rank} of {world} did not meet the others at {address}:{port}: {error}"
         ) from error
     return deepspeed
+
+
+def _most_of_ranks(count: int, device: torch.device) -> int:
+    """The largest `count`. A collective."""
+    counts = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+    return int(counts)
 
 
 def _state_files(engine: Any) -> StateFiles:

@@ -1,4 +1,4 @@
-"""The vision-language model: the only file that knows a family's keys.
+"""The vision-language model: with `learner.vision`, all that knows a family's keys.
 
 `PromptReader` turns a group's prompt into model inputs and refuses one that is not what the engine
 sampled from. `Policy` wraps the model: rows in, log-probs and entropies of completion tokens out.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from medrl.configs.errors import LearnerError, UserError
 from medrl.learner import attention
 from medrl.learner.batch import BlankImage, PromptInputs, RowBatch
 from medrl.learner.head import LogProbHead
+from medrl.learner.vision import FeatureCache, ImageInputs, VisionEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -43,15 +43,6 @@ class ImageSource(Protocol):
     """Decodes the image at a path relative to the image root."""
 
     def load(self, path: str, /) -> LoadedImage: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageInputs:
-    """A processed image."""
-
-    pixels: Tensor  # [N, patch]
-    grid: Tensor  # [3] time, height, width in patches
-    tokens: int  # visual tokens after merging
 
 
 def read_config(path: str, *, trust: bool = False) -> Any:
@@ -205,10 +196,14 @@ def _different_ids(prompt: str, ids: list[int], group: Group, image_token: int) 
 class Policy(nn.Module):
     """A vision-language model that scores the completions of rows."""
 
-    def __init__(self, vlm: Any, forbidden: Sequence[int] = ()) -> None:
-        """`forbidden`: token ids that get no probability (`actors.chat.forbidden_token_ids`)."""
+    def __init__(
+        self, vlm: Any, forbidden: Sequence[int] = (), features: FeatureCache | None = None
+    ) -> None:
+        """`forbidden`: token ids that get no probability (`actors.chat.forbidden_token_ids`).
+        `features`: keeps what the tower makes of images, as long as it is not trained."""
         super().__init__()
         self.vlm = vlm
+        self.vision = VisionEncoder(vlm, features or FeatureCache(0))
         vlm.lm_head.__class__ = LogProbHead  # same module, same weights (tied ones stay tied)
         ids = torch.tensor(forbidden, dtype=torch.long)
         vlm.lm_head.register_buffer("forbidden", ids, persistent=False)
@@ -216,9 +211,9 @@ class Policy(nn.Module):
     def forward(self, batch: RowBatch, images: list[ImageInputs]) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of `batch.present` tokens, 0 elsewhere: [B, S, C] float32.
 
-        `images`: one for every hash of `batch.images`; equal hashes are encoded once.
+        `images`: one for every hash of `batch.images`.
         """
-        encoded = self._encode(batch.images, images) if images else None
+        encoded = self.vision.encode(batch.images, images) if images else None
         layout = attention.Layout.of(batch.prompt_lengths, batch.prompt, batch.slots, batch.length)
         hidden = self.vlm.model(
             input_ids=batch.input_ids,
@@ -240,24 +235,6 @@ class Policy(nn.Module):
             blank.masked_scatter(batch.present, entropies),
         )
 
-    def _encode(self, hashes: tuple[str, ...], images: list[ImageInputs]) -> dict[str, Any]:
-        """Run the vision tower on the different images, and repeat what it gives in row order."""
-        unique = dict(zip(hashes, images, strict=True))
-        place = {hash: i for i, hash in enumerate(unique)}
-        device = self.vlm.device
-        encoded = self.vlm.model.get_image_features(
-            torch.cat([image.pixels for image in unique.values()]).to(device),
-            torch.stack([image.grid for image in unique.values()]).to(device),
-            return_dict=True,
-        )
-        order = [place[hash] for hash in hashes]
-        encoded.pooler_output = tuple(encoded.pooler_output[i] for i in order)
-        if "deepstack_features" in encoded:  # Qwen3-VL: also into the first layers
-            encoded.deepstack_features = [
-                tuple(layer[i] for i in order) for layer in encoded.deepstack_features
-            ]
-        return {"image": encoded}
-
 
 def load_policy(
     path: str,
@@ -266,6 +243,7 @@ def load_policy(
     forbidden: Sequence[int] = (),
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
+    features: FeatureCache | None = None,
     trust: bool = False,
 ) -> Policy:
     """Raises `UserError` where `path` holds no model of a known family."""
@@ -284,7 +262,7 @@ def load_policy(
         vlm.model.visual.requires_grad_(False)
     if gradient_checkpointing:
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(vlm, forbidden)
+    return Policy(vlm, forbidden, features)
 
 
 def save_model(

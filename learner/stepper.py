@@ -14,7 +14,8 @@ from torch import Tensor
 
 from medrl.configs.errors import LearnerError
 from medrl.learner.batch import RowBatch
-from medrl.learner.model import ImageInputs, PromptReader
+from medrl.learner.model import PromptReader
+from medrl.learner.vision import ImageInputs
 
 T = TypeVar("T")
 

@@ -24,12 +24,13 @@ from medrl.configs.errors import LearnerError
 from medrl.configs.schema import LearnerConfig
 from medrl.learner.batch import PromptInputs, RowBatch, build_rows
 from medrl.learner.grpo import group_advantages, grpo_loss, zero_variance
-from medrl.learner.model import ImageInputs, PromptReader
+from medrl.learner.model import PromptReader
 from medrl.learner.objective import Denominators, Objective
 from medrl.learner.rows import GroupSize, MicroBatch, Plan, plan_rows
 from medrl.learner.settings import LearnerSettings, learning_rate
 from medrl.learner.stepper import Stepper, on_all_ranks, read_images, refuse_not_finite
 from medrl.learner.sums import Sums
+from medrl.learner.vision import ImageInputs
 
 _HINT = (
     "look at gradient_norm and logprob_gap.max of the last steps, and resume with a lower "

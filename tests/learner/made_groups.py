@@ -25,8 +25,9 @@ from medrl.actors.types import (
 from medrl.configs.schema import LearnerConfig, ModelConfig
 from medrl.data.images import ImageStore
 from medrl.learner.batch import RowBatch
-from medrl.learner.model import ImageInputs, Policy, PromptReader
+from medrl.learner.model import Policy, PromptReader
 from medrl.learner.settings import LearnerSettings
+from medrl.learner.vision import ImageInputs
 
 CORPUS = ["What modality is this image? A) CT B) MRI C) X-ray D) Ultrasound. Answer with a letter."]
 MAX_PIXELS = 112 * 112
@@ -53,6 +54,7 @@ def settings(
     images: Path,
     *,
     freeze_vision: bool = False,
+    vision_cache_gib: float = 2.0,
     gradient_checkpointing: bool = False,
     lora_rank: int = 0,
     lora_vision: bool = False,
@@ -65,6 +67,7 @@ def settings(
             path=str(model),
             dtype=dtype,
             freeze_vision=freeze_vision,
+            vision_cache_gib=vision_cache_gib,
             gradient_checkpointing=gradient_checkpointing,
             lora_rank=lora_rank,
             lora_vision=lora_vision,
