@@ -101,8 +101,8 @@ class Checkpoints:
         except (OSError, CheckpointError) as error:
             shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
             raise CheckpointError(
-                f"the checkpoint of step {state.step} could not be written: {error}; make room "
-                f"where {self._folder} is; the checkpoints before it are untouched"
+                f"the checkpoint of step {state.step} could not be written: {error}; if the "
+                f"disk of {self._folder} is full, make room; the checkpoints before it are untouched"
             ) from error
         self.last_saved = state.step
         await asyncio.to_thread(self._prune)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from medrl.actors.actor import death, in_place
-from medrl.actors.heartbeat import Hangs, answer
+from medrl.actors.actor import in_place
+from medrl.actors.heartbeat import answer
 from medrl.actors.types import (
     Example,
     Group,
@@ -30,7 +30,8 @@ from medrl.actors.types import (
     UpdateMetrics,
     WeightMeta,
 )
-from medrl.configs.errors import CheckpointError, LearnerError, MedrlError, as_death
+from medrl.configs.errors import CheckpointError, LearnerError, as_death
+from medrl.learner.rank_failures import failure_to_tell
 from medrl.learner.settings import LearnerSettings
 
 _GRACE_S = 5.0
@@ -93,17 +94,21 @@ class LearnerRankActor:
         sent: Sent = self._engine.send()
         return sent
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[str]:
+        """Returns the files that this rank's node has there."""
         try:
             self._engine.save(folder)
         except (OSError, RuntimeError) as error:  # torch has a full disk be a RuntimeError
             raise CheckpointError(f"writing {folder}: {error}") from error
+        return _files_in(folder)
 
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> list[str]:
+        """Returns the files that this rank's node has there."""
         self._engine.export(folder)
+        return _files_in(folder)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -243,7 +248,10 @@ class RayLearner:
     # Ranks may have another working directory, on other nodes for sure.
 
     async def save(self, folder: Path) -> None:
-        await self.each("saving", lambda rank: rank.save.remote(folder.absolute()), patience=_FILES)
+        there = await self.each(
+            "saving", lambda rank: rank.save.remote(folder.absolute()), patience=_FILES
+        )
+        refuse_unshared(folder, there)
 
     async def load(self, folder: Path) -> None:
         await self.each(
@@ -251,9 +259,10 @@ class RayLearner:
         )
 
     async def export(self, folder: Path) -> None:
-        await self.each(
+        there = await self.each(
             "exporting", lambda rank: rank.export.remote(folder.absolute()), patience=_FILES
         )
+        refuse_unshared(folder, there)
 
     async def close(self) -> None:
         """Safe to call twice; `restart` may follow."""
@@ -285,46 +294,24 @@ class RayLearner:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if any(task.done() and task.exception() for task in tasks):
                 await asyncio.wait(tasks, timeout=_GRACE_S)
-                raise _error(what, tasks)
+                raise failure_to_tell(what, tasks)
             return [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
 
 
-def _error(what: str, tasks: Sequence[asyncio.Task[Any]]) -> MedrlError:
-    """The failure to tell: a death before a mistake, a mistake before what either caused.
-
-    What no rank raised on purpose counts as a death: a peer that is gone or hangs shows as a broken
-    collective, and after any of them the ranks may be out of step."""
-    failures = [
-        (rank, error)
-        for rank, task in enumerate(tasks)
-        if task.done() and (error := task.exception()) is not None
-    ]
-    for rank, error in failures:
-        if isinstance(error, RayActorError):
-            text = f"learner rank {rank} died ({what}): {death(error)}"
-            return _with_cause(as_death(LearnerError(text)), error)
-        if isinstance(error, Hangs):
-            return as_death(LearnerError(f"learner rank {rank} ({what}) {error}"))
-    for _, error in failures:
-        if isinstance(cause := _cause(error), MedrlError):
-            return _with_cause(cause, error)
-    # A broken collective is a RuntimeError. What is none is a rank's own, and broke the others'.
-    own = [(rank, error) for rank, error in failures if not isinstance(_cause(error), RuntimeError)]
-    rank, error = (own or failures)[0]
-    cause = _cause(error)
-    told = LearnerError(f"learner rank {rank} failed ({what}): {type(cause).__name__}: {cause}")
-    told.certain = bool(own)
-    return _with_cause(as_death(told), error)
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What was raised on the rank; Ray wraps it."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def _with_cause(error: MedrlError, cause: BaseException) -> MedrlError:
-    error.__cause__ = cause
-    return error
+def refuse_unshared(folder: Path, there: Sequence[Sequence[str]]) -> None:
+    """Raises `CheckpointError` where the ranks' nodes have files that are not to be seen here: what
+    is sealed, or resumed from, would lack them."""
+    here = set(_files_in(folder))
+    for rank, names in enumerate(there):
+        if unseen := sorted(set(names) - here):
+            raise CheckpointError(
+                f"learner rank {rank} wrote {unseen[0]} to {folder.absolute()}, and the driver's "
+                "node does not have it: run.dir must be a folder that all nodes share"
+            )

@@ -205,7 +205,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_older_ones(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert "the checkpoint of step 2 could not be written" in done.stdout
-    assert "No space left on device; make room where" in done.stdout
+    assert "No space left on device; if the disk of" in done.stdout
 
 
 @pytest.mark.parametrize("limit", [0, 100, 20_000, 60_000])
@@ -250,7 +250,7 @@ def supervised_run(folder: Path, full: tuple[int, ...]) -> tuple[Run, io.StringI
     prepared = Prepared(config=config, checked=checked, checkpoint=None)
     learner = FullDisk(FakeWire(), skill=0.5, learning_rate=0.1)
     learner.full = full
-    parts = SimpleNamespace(learner=learner, pool=EnginePool())  # all that this method uses
+    parts = SimpleNamespace(learner=learner, pool=EnginePool(), scorer=SimpleNamespace())
     heard = io.StringIO()
     display = Display(name="full", steps=4, console=Console(file=heard, width=200))
     requests = requests_of(config, prompts)
@@ -263,7 +263,7 @@ async def test_a_full_disk_in_between_is_said_and_training_goes_on(tmp_path: Pat
     run, heard = supervised_run(tmp_path, full=(2, 3))
     await run.go(None)
     said = heard.getvalue()
-    assert said.count("No space left on device; make room") == said.count("training goes on") == 2
+    assert said.count("No space left on device; if the disk") == said.count("training goes on") == 2
     folder = tmp_path / "full"
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_1", "step_4"]

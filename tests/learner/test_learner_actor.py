@@ -13,8 +13,8 @@ import pytest
 import ray
 from made_groups import examples, mixed_batch, settings
 
-from medrl.configs.errors import LearnerError, UserError
-from medrl.learner.actor import RayLearner, create_learner
+from medrl.configs.errors import CheckpointError, LearnerError, UserError
+from medrl.learner.actor import RayLearner, create_learner, refuse_unshared
 from medrl.learner.model import PromptReader
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
@@ -154,3 +154,13 @@ async def test_without_room_for_all_ranks_none_starts_and_it_is_no_death(
     async with asyncio.timeout(30):
         while ray.available_resources().get("CPU") != 2:  # the one that had room is ended
             await asyncio.sleep(0.1)
+
+
+def test_files_on_a_ranks_own_disk_are_no_checkpoint(tmp_path: Path) -> None:
+    """What the driver's node does not have cannot be sealed, and would be missed on a resume."""
+    (tmp_path / "model").mkdir()
+    for name in ("model/weights", "rng_0.pt"):
+        (tmp_path / name).touch()
+    refuse_unshared(tmp_path, [["rng_0.pt", "model/weights"], []])
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote rng_1.pt .*all nodes share"):
+        refuse_unshared(tmp_path, [["rng_0.pt"], ["rng_0.pt", "rng_1.pt"]])
