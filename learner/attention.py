@@ -1,8 +1,10 @@
-"""Attention of rows that share a prompt, in two calls a layer and without any change to a model.
+"""Attention of rows that share a prompt, in few calls a layer and without any change to a model.
 
 A row is [prompt, padded to T | c1, padded to C | ... | cS]. The first call is the prompt over
 itself, causal. The second is every completion over the prompt's keys and values and its own,
-causal. Nothing else is visible, so each completion sees what it would see in a row of its own.
+causal; a long completion goes in blocks of queries, each over no later keys than it sees, for a
+kernel with a mask computes what it masks. Nothing else is visible, so each completion sees what it
+would see in a row of its own.
 transformers' attention interface takes the function by name, and hands it the row's layout as a
 keyword argument of the model's forward.
 """
@@ -21,6 +23,10 @@ NAME = "medrl_shared_prompt"
 
 LAYOUT = "shared_prompt_layout"
 """The keyword argument of a model's forward that carries a `Layout`."""
+
+
+BLOCK = 128
+"""Completion tokens a call: what is computed in vain is half a block a token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +73,43 @@ def shared_prompt_attention(
         is_causal=True,
         scale=scaling,
     )
-    of_completions = scaled_dot_product_attention(
+    of_completions = _completions(
         _split(query[:, :, prompt:], layout.slots),
         _prompt_and_own(key, layout, repeats),
         _prompt_and_own(value, layout, repeats),
-        attn_mask=layout.visible,
-        dropout_p=dropout,
-        scale=scaling,
+        layout,
+        dropout,
+        scaling,
     )  # [B*S, H, C, D]
     batch, heads, _, size = query.shape
     joined = of_completions.view(batch, layout.slots, heads, -1, size).transpose(1, 2)
     joined = joined.reshape(batch, heads, -1, size)
     return torch.cat([of_prompt, joined], dim=2).transpose(1, 2).contiguous(), None
+
+
+def _completions(
+    query: Tensor,  # [B*S, H, C, D]
+    key: Tensor,  # [B*S, H, T+C, D]
+    value: Tensor,
+    layout: Layout,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    blocks = []
+    for start in range(0, query.shape[2], BLOCK):
+        queries = slice(start, start + BLOCK)
+        keys = slice(layout.prompt + start + BLOCK)
+        blocks.append(
+            scaled_dot_product_attention(
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                attn_mask=layout.visible[:, :, queries, keys],
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+    return torch.cat(blocks, dim=2)
 
 
 def _repeat_heads(states: Tensor, repeats: int, slots: int) -> Tensor:

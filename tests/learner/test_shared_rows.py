@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medrl.actors.chat import render_chat
 from medrl.actors.types import ScoredGroup
-from medrl.learner import head, rows, tiny
+from medrl.learner import attention, head, rows, tiny
 from medrl.learner.model import PromptReader, load_policy
 from medrl.learner.update import Updater
 
@@ -141,6 +141,21 @@ def test_the_head_in_chunks_is_the_head_at_once(
     loss, got, _ = run(tiny_models, readers["qwen2_vl"], image_root)
     assert loss == pytest.approx(want_loss, abs=1e-6)
     assert gradient_gap(got, want) < 1e-5
+
+
+def test_attention_in_blocks_of_queries_is_attention_at_once(
+    tiny_models: dict[str, Path],
+    readers: dict[str, PromptReader],
+    image_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Completions of 1 to 14 tokens, so the last block is short and some completions end before."""
+    want_loss, want, _ = run(tiny_models, readers["qwen2_vl"], image_root)
+    for block in (1, 3, 14):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        loss, got, _ = run(tiny_models, readers["qwen2_vl"], image_root)
+        assert loss == pytest.approx(want_loss, abs=1e-6)
+        assert gradient_gap(got, want) < 1e-5
 
 
 def test_an_image_is_encoded_once_however_many_rows_show_it(
