@@ -14,7 +14,7 @@ Way = Literal["shared", "padded", "usual"]
 
 
 def of_pass(
-    config: Any, way: str, *, prompt: int, completions: int, tokens: int, patches: int
+    config: Any, way: Way, *, prompt: int, completions: int, tokens: int, patches: int
 ) -> int:
     """Operations for one group: `completions` of `tokens` tokens after a prompt of `prompt` whose
     image has `patches` patches. shared: prompt and image once; padded: the prompt with every
@@ -30,17 +30,23 @@ def of_pass(
         + completions * tokens * 2 * text.hidden_size * text.vocab_size
         + images * tower(config.vision_config, patches)
     )
-    return _FORWARD_AND_BACKWARD * forward
+    pixels = images * patches * _embedding(config.vision_config)  # nobody wants their gradient
+    return _FORWARD_AND_BACKWARD * forward - pixels
 
 
 def tower(vision: Any, patches: int) -> int:
     """The forward pass of Qwen2-VL's vision tower over one image."""
     width, merge = vision.embed_dim, vision.spatial_merge_size**2
-    inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     block = 2 * (4 * width * width + 2 * vision.mlp_ratio * width * width) + 4 * patches * width
     merger = 2 * merge * width * (merge * width + vision.hidden_size) // merge
-    of_patch: int = 2 * inputs * width + vision.depth * int(block) + merger
+    of_patch: int = _embedding(vision) + vision.depth * int(block) + merger
     return patches * of_patch
+
+
+def _embedding(vision: Any) -> int:
+    """Of one patch of pixels."""
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return 2 * int(pixels) * int(vision.embed_dim)
 
 
 def _text_token(text: Any) -> int:
