@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -248,6 +249,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="one of each named so in part: a,b")
     parser.add_argument("--out", type=Path, help="write the report there, as JSON")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what still runs
     if "CHAOS_INSIDE" not in os.environ:
         _enter_a_mount_namespace()
     counts, size = (SHORT, SHORT_SIZE) if asked.short else (FULL, FULL_SIZE)
