@@ -246,17 +246,24 @@ def load_policy(
     features: FeatureCache | None = None,
     trust: bool = False,
 ) -> Policy:
-    """Raises `UserError` where `path` holds no model of a known family."""
+    """Raises `UserError` where `path` holds no model of a known family, or not all of one."""
     from transformers import AutoModelForImageTextToText
 
     read_config(path, trust=trust)
     attention.register()
-    vlm: Any = AutoModelForImageTextToText.from_pretrained(
+    vlm: Any
+    vlm, loading = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=dtype,
         attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
         trust_remote_code=trust,
+        output_loading_info=True,
     )
+    if absent := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise UserError(
+            f"model.path {path} lacks {len(absent)} of the model's tensors, first {absent[0]}: its "
+            "files are not complete, or of another model than its config.json says"
+        )
     vlm.train()
     if freeze_vision:
         vlm.model.visual.requires_grad_(False)
