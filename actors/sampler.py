@@ -33,6 +33,7 @@ class Sampler:
         self._load: dict[int, int] = {}  # completions in flight, by engine
         self._idle_since = dict.fromkeys(pool.up, time.monotonic())
         self._idle_s = 0.0
+        self.first_answer: float | None = None  # when the first group was done; monotonic
         self._queue = asyncio.Lock()  # only the first in it looks for a free engine
 
     async def sample(self, request: RolloutRequest) -> Group:
@@ -56,6 +57,8 @@ class Sampler:
                 deaths.append(error)
             else:
                 self._pool.answered(index, engine)
+                if self.first_answer is None:
+                    self.first_answer = time.monotonic()
                 return group
             finally:
                 self._end(index, size)

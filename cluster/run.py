@@ -30,6 +30,7 @@ from medrl.cluster.publish import Prometheus, WeightsAndBiases
 from medrl.cluster.recording import record_start
 from medrl.cluster.requests import Requests, requests_of
 from medrl.cluster.start import System, system
+from medrl.cluster.startup import Startup, process_start
 from medrl.cluster.trainers import make_trainer
 from medrl.configs.errors import (
     CheckpointError,
@@ -53,14 +54,16 @@ T = TypeVar("T")
 async def run_training(prepared: Prepared, display: Display) -> bool:
     """Train, evaluate, export. False where the user stopped it (a checkpoint was written)."""
     placement_config = prepared.config.placement
-    interrupt = Interrupt()
+    interrupt, startup = Interrupt(), Startup(process_start())
+    startup.reached("imports and checks")
     with cluster(placement_config), interrupt.listening(), suppress(Interrupted):
         async with placed(placement_config) as placement:
+            startup.reached("Ray")
             display.say(
                 f"starting {placement_config.engines} engines and {placement_config.learners} "
                 f"learner ranks on {placement.device}s"
             )
-            await run_placed(prepared, display, placement, interrupt)
+            await run_placed(prepared, display, placement, interrupt, startup=startup)
     draw_plots(prepared.config.run_dir)
     return not interrupt.requested
 
@@ -73,13 +76,15 @@ async def run_placed(
     *,
     pool: EnginePool | None = None,
     then: Callable[[Sampler], Awaitable[None]] | None = None,
+    startup: Startup | None = None,
 ) -> None:
     """A whole run in resources that are held; raises `Interrupted` after a stop's checkpoint.
 
     `pool`: of engines that are up already, and stay so; None: the run's own. `then`: what to do
     with them at the end, while they serve the last version; the run itself then evaluates only
-    where `eval.every` asks for it.
+    where `eval.every` asks for it. `startup`: began before; None: begins now.
     """
+    startup = startup or Startup()
     config, checked = prepared.config, prepared.checked
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
@@ -92,9 +97,9 @@ async def run_placed(
     requests = requests_of(config, checked.train)
     alarms = make_alarms(config, dtype_of(config.model, placement.device), display.note)
     try:
-        async with system(config, checked, placement, requests, interrupt, pool) as parts:
+        async with system(config, checked, placement, requests, interrupt, pool, startup) as parts:
             journal = Journal(config.run_dir, listeners, alarms)
-            run = Run(prepared, requests, parts, journal, display, interrupt)
+            run = Run(prepared, requests, parts, journal, display, interrupt, startup)
             interrupt.on_request(run.stop)
             await run.go(then)
     finally:
@@ -113,8 +118,10 @@ class Run:
         journal: Journal,
         display: Display,
         interrupt: Interrupt,
+        startup: Startup | None = None,
     ) -> None:
         config = prepared.config
+        self._startup = startup or Startup()
         self._config = config
         self._interrupt = interrupt
         self._prepared = prepared
@@ -217,6 +224,7 @@ class Run:
         if self._served != version:
             self._journal.record_sync(await self._system.sync.push(version=version, step=version))
             self._served = version
+            self._startup.reached("first sync")
 
     async def _train(self, *, ends_evaluated: bool) -> None:
         """`ends_evaluated`: evaluate before the first and after the last step."""
@@ -224,6 +232,7 @@ class Run:
         async def after_step(step: int) -> None:
             if self._trainer.pushes:
                 self._served = step
+                self._write_startup()
             self._journal.refuse_gap()
             every = self._config.run.checkpoint_every
             if (every and step % every == 0) or step == self._crashes.furthest:
@@ -263,6 +272,10 @@ class Run:
         groups = await self._interrupt.cancels(self._serving(answers))
         self._journal.record_eval(summarize(step, "test", groups))
         self._evaluated = step
+        self._write_startup()
+
+    def _write_startup(self) -> None:
+        self._startup.write(self._config.run_dir, self._system.sampler.first_answer)
 
     def _tell(self, outage: Outage) -> None:
         self._journal.record_outage(self._trainer.version, outage)

@@ -16,6 +16,7 @@ from medrl.cluster.interrupt import Interrupt
 from medrl.cluster.placement import Placement
 from medrl.cluster.preflight import Checked, reward_terms
 from medrl.cluster.requests import Requests
+from medrl.cluster.startup import Startup
 from medrl.cluster.sync import MAX_GAP, Sync
 from medrl.configs.schema import Config
 from medrl.learner.actor import RayLearner, create_learner
@@ -42,10 +43,13 @@ async def system(
     requests: Requests,
     interrupt: Interrupt,
     running: EnginePool | None = None,
+    startup: Startup | None = None,
 ) -> AsyncIterator[System]:
     """Engines, learner ranks and rewards for the block; they load side by side.
 
-    `running`: engines that are up, with the same model and limits; they outlive the block."""
+    `running`: engines that are up, with the same model and limits; they outlive the block.
+    `startup`: is told how long each took."""
+    watch = startup or Startup()
     started: list[Any] = []
     logs = config.run_dir.absolute() / "logs"
     logs.mkdir(exist_ok=True)
@@ -55,13 +59,14 @@ async def system(
         stack.push_async_callback(engines.close)
         pool, learner, scorer = await interrupt.cancels(
             _all(
-                _there(running) if running else engines.start(),
-                _learner(config, checked, placement, started),
+                _there(running) if running else watch.timed("engines", engines.start()),
+                watch.timed("learner", _learner(config, checked, placement, started)),
                 _scorer(config, placement, started),
             )
         )
         if not running:
             await stack.enter_async_context(engines.watched())
+        watch.reached("engines and learner")
         pool.serves_as_started = False
         settings = _settings(config, checked, placement)
         yield System(
