@@ -79,8 +79,8 @@ BENCHMARK = Benchmark(
     text=(
         "Seconds from `medrl train` on the demo to the first completion of a real run, as its "
         "startup.jsonl has them. Engines and learner ranks load side by side; the other column "
-        "adds the shorter of the two, as it was measured beside the longer (so on a machine where they "
-        "share cores it is too long). The parts follow one another and add up; engines and learner "
+        "adds the shorter of the two, measured beside the longer: where they share cores it is too "
+        "long. The parts follow one another and add up; engines and learner "
         "are beside each other in one of them."
     ),
     measure=measure,
