@@ -1,8 +1,8 @@
 """The shapes that benchmarks share: the paper's work, on a model that two cores can train.
 
 Short answers about large images: some 270 prompt tokens, two thirds of them visual, G = 8. The
-model is a random Qwen2-VL of 29 million parameters; a benchmark forbids the end of text, so that
-the work is the same in every run.
+model is a random Qwen2-VL of 31 million parameters that never ends a text, so that the work is the
+same in every run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,31 @@ SIZES: dict[str, Any] = {"hidden": 512, "layers": 8, "vision_hidden": 256, "visi
 """Of `learner.tiny.build`."""
 
 
+NEVER = "<|vision_pad|>"
+"""The model's end token: one that neither engine nor learner gives any probability
+(`actors.chat.VISION_TOKENS`), so both still compute one distribution. Others must be told so."""
+
+
 def make_model(folder: Path) -> Path:
-    """The model's folder, made once."""
+    """The model's folder, made once. Its texts end at the length asked and nowhere else."""
     from medrl.data.phantoms import texts
     from medrl.learner import tiny
 
-    path = folder / "model"
+    path = folder / "endless"
     if not (path / "config.json").exists():
         tiny.build("qwen2_vl", path, corpus=texts(), **SIZES)
+        _never_end(path)
     return path
+
+
+def _never_end(path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.eos_token = NEVER
+    tokenizer.save_pretrained(path)
+    for kind in (AutoConfig, GenerationConfig):
+        config = kind.from_pretrained(path)
+        for part in (config, getattr(config, "text_config", config)):
+            part.eos_token_id = tokenizer.eos_token_id
+        config.save_pretrained(path)
