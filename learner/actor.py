@@ -96,10 +96,7 @@ class LearnerRankActor:
 
     def save(self, folder: Path) -> list[str]:
         """Returns the files that this rank's node has there."""
-        try:
-            self._engine.save(folder)
-        except (OSError, RuntimeError) as error:  # torch has a full disk be a RuntimeError
-            raise CheckpointError(f"writing {folder}: {error}") from error
+        self._engine.save(folder)
         return _files_in(folder)
 
     def load(self, folder: Path) -> None:
