@@ -36,6 +36,10 @@ def vision_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
             results[f"zero {stage}, {gib:g} GiB"] = remembered(
                 ranks, gib, zero_stage=stage, kl_coefficient=0.1
             )
-    results["adapters, 1 GiB"] = remembered(ranks, 1.0, zero_stage=3, lora_rank=4)
-    results["adapters, 0 GiB"] = remembered(ranks, 0.0, zero_stage=3, lora_rank=4)
+    results["adapters, 1 GiB"] = remembered(
+        ranks, 1.0, zero_stage=3, lora_rank=4, kl_coefficient=0.1
+    )
+    results["adapters, 0 GiB"] = remembered(
+        ranks, 0.0, zero_stage=3, lora_rank=4, kl_coefficient=0.1
+    )
     return results
