@@ -1,4 +1,5 @@
-"""What dies in a real run comes back in the same run, which then does all it was to do."""
+"""What hangs in a real run comes back in the same run, which then does all it was to do. What is
+killed: `tests/chaos`."""
 
 from __future__ import annotations
 
@@ -107,39 +108,6 @@ def runs() -> Iterator[list[RealRun]]:
         run.end()
 
 
-def test_engines_and_a_learner_rank_that_are_killed_come_back(
-    folder: Path, config: Path, runs: list[RealRun]
-) -> None:
-    """An engine's actor, a learner rank while that engine is out, and vLLM's process of the other
-    engine: for a while none is left, and the run waits."""
-    steps = 120
-    overrides = [f"run.steps={steps}", "run.checkpoint_every=2"]
-    overrides += ["rollout.staleness=1", "learner.importance_cap=2.0"]
-    run = RealRun("killed", config, folder, *overrides)
-    runs.append(run)
-    run.wait_for_steps(3)
-    actor = run.processes("ray::EngineActor")[0]
-    cores = [one for one in actor.children() if "EngineCore" in " ".join(_command(one))]
-    actor.kill()
-    wait_for(lambda: bool(run.lines("faults")), run.process)
-    assert not [core for core in cores if _lives(core)]  # it would keep the engine's memory
-    first = run.lines("faults")[0]["who"]
-    run.processes("ray::LearnerRankActor")[1].kill()
-    run.wait_for_event("learner", "returned")
-    run.processes("VLLM::EngineCore")[0].kill()
-    out = finish(run.process)
-    seconds = run.seconds_out()
-    print(f"start-up {run.start_s:.1f} s, out of service: {seconds}")
-    assert run.is_whole(steps)
-    assert set(seconds) == {"learner", "engine 0", "engine 1"}
-    assert max(seconds.values()) < STARTS * run.start_s + ALLOWANCE_S
-    other = {"engine 0": "engine 1", "engine 1": "engine 0"}[first]
-    assert "(raylet)" not in out  # Ray's page about each death
-    for who in (first, "learner", other):
-        assert f"{who} is started again: " in out
-        assert f"{who} is back after " in out
-
-
 def test_the_only_engine_hangs_and_the_run_goes_on(
     folder: Path, config: Path, runs: list[RealRun]
 ) -> None:
@@ -155,7 +123,7 @@ def test_the_only_engine_hangs_and_the_run_goes_on(
     run.processes("VLLM::EngineCore")[0].send_signal(signal.SIGSTOP)
     run.wait_for_event("engine 0", "left")
     (left,) = run.lines("faults")
-    assert left["time"] - stopped < heartbeat_s + 3.0
+    assert left["time"] - stopped < heartbeat_s + ALLOWANCE_S
     run.processes("ray::LearnerRankActor")[0].kill()
     out = finish(run.process)
     print(f"start-up {run.start_s:.1f} s, out of service: {run.seconds_out()}")
