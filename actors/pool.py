@@ -138,7 +138,7 @@ class EnginePool:
         record.deaths += 1
         if record.since is None:
             record.since = time.monotonic()
-        if engine is not None:
+        if engine is not None or record.deaths < MAX_DEATHS:
             self._tell(index, "left", cause)
         if self._stop and not self._up:
             self.close(self._stop)

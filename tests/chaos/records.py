@@ -74,7 +74,7 @@ def outages(
                 outage = Outage(who, line["time"], line["cause"], None, 0.0, ended)
                 open_ones.setdefault(who, []).append(outage)
                 found.append(outage)
-            else:  # returned, or given up
+            elif line["event"] in ("returned", "given up"):
                 for outage in open_ones.pop(who, []):
                     outage.until = line["time"]
                     if line["event"] == "returned":

@@ -191,7 +191,9 @@ async def test_a_crash_loop_ends_with_the_first_cause_on_top(tmp_path: Path) -> 
         async with asyncio.timeout(5):
             await world.run()
     assert len(starts) == MAX_DEATHS - 1
-    assert [outage.event for outage in world.outages] == ["left", "given up"]
+    again = [outage.cause for outage in world.outages if outage.event == "left"]
+    assert again == ["engine 0 was killed", "no memory, try 1", "no memory, try 2"]
+    assert world.outages[-1].event == "given up"
 
 
 async def test_a_run_goes_on_without_an_engine_that_never_comes_back(tmp_path: Path) -> None:
@@ -206,6 +208,7 @@ async def test_a_run_goes_on_without_an_engine_that_never_comes_back(tmp_path: P
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 60
     assert [str(outage) for outage in world.outages] == [
         "engine 1 is started again: engine 1 was killed",
+        *["engine 1 is started again: its GPU fell off the bus"] * 2,
         "engine 1 is given up after 4 deaths, the first: engine 1 was killed",
     ]
 
