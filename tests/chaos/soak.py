@@ -59,16 +59,27 @@ class Soak:
         phantoms.generate(folder / "phantoms", train=size.images, test=96, seed=3)
         self.config = write_config(folder, size)
 
-    def run(self) -> bool:
-        """Whether all holds."""
+    def run(self, out: Path | None) -> bool:
+        """Whether all holds. The report is written to `out` after each phase."""
         for phase, counts in self.counts.items():
-            if any(counts.values()):
-                self._phase(phase)
+            if not any(counts.values()):
+                continue
+            self._phase(phase)
+            self._say_what_holds(phase)
+            if out:
+                out.write_text(json.dumps(self._report()))
+        return not any(self.found.values())
+
+    def _say_what_holds(self, phase: Phase) -> None:
         for name, wrong in self.found.items():
-            self._say(f"{'FAILED' if wrong else 'ok':6} {name}")
-            for problem in wrong[:10]:
-                self._say(f"         {problem}")
-        self.report |= {
+            if name.startswith(f"{phase}: "):
+                self._say(f"{'FAILED' if wrong else 'ok':6} {name}")
+                for problem in wrong[:10]:
+                    self._say(f"         {problem}")
+
+    def _report(self) -> dict[str, Any]:
+        """So far."""
+        return self.report | {
             "seed": self.seed,
             "seconds": time.time() - self.began,
             "machine": _machine(),
@@ -79,7 +90,6 @@ class Soak:
             "faults": [asdict(it) for it in self.records],
             "checks": self.found,
         }
-        return not any(self.found.values())
 
     def _say(self, text: str) -> None:
         seconds = int(time.time() - self.began)
@@ -259,9 +269,7 @@ def main() -> int:
         counts = fewer(counts, asked.faults)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     soak = Soak(folder, size, counts, asked.seed)
-    good = soak.run()
-    if asked.out:
-        asked.out.write_text(json.dumps(soak.report))
+    good = soak.run(asked.out)
     if good:
         for mounted in (folder / "runs").glob("*/checkpoints"):
             subprocess.run(["umount", mounted], capture_output=True)
