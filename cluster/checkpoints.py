@@ -102,7 +102,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
             raise CheckpointError(
                 f"the checkpoint of step {state.step} could not be written: {error}; if the "
-                f"disk of {self._folder} is full, make room; the checkpoints before it are untouched"
+                f"disk of {self._folder} is full, make room; those before it are untouched"
             ) from error
         self.last_saved = state.step
         await asyncio.to_thread(self._prune)

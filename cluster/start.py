@@ -108,7 +108,11 @@ async def _learner(
 async def _scorer(config: Config, placement: Placement, started: list[Any]) -> RayScorer:
     rewards = config.reward.model_copy(update={"terms": reward_terms(config)})
     scorer = RayScorer(
-        rewards, config.data.mode, config.placement.heartbeat_s, **placement.reward_options()
+        rewards,
+        config.data.mode,
+        config.placement.heartbeat_s,
+        owner=str(config.run_dir.absolute()),  # one run at a time is in a run directory
+        **placement.reward_options(),
     )
     started.append(scorer)
     return scorer

@@ -51,11 +51,19 @@ class RayScorer:
     """
 
     def __init__(
-        self, config: RewardConfig, mode: str, heartbeat_s: float = 60.0, **options: Any
+        self,
+        config: RewardConfig,
+        mode: str,
+        heartbeat_s: float = 60.0,
+        *,
+        owner: str = "",
+        **options: Any,
     ) -> None:
         """Start the actor. `options` are Ray's, such as num_cpus (default 0: it mostly waits).
-        While a group is scored, the actor answers a ping within `heartbeat_s`."""
-        mark = uuid.uuid4().hex  # of all that rewards start, and may leave where an actor dies
+        While a group is scored, the actor answers a ping within `heartbeat_s`. `owner`: whoever had
+        rewards under this name before is gone, and what those left running is ended."""
+        # A mark of all that rewards start, and may leave where an actor dies.
+        mark = uuid.uuid5(uuid.NAMESPACE_URL, owner).hex if owner else uuid.uuid4().hex
         kind = ray.remote(RewardActor).options(**({"num_cpus": 0} | options))
         self.tell: Callable[[Outage], None] = lambda outage: None
         self._overlong_tokens = config.overlong_tokens

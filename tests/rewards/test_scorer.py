@@ -38,13 +38,13 @@ def group_of(prompt, texts=TEXTS) -> Group:
     )
 
 
-def marked(mark: str) -> set[int]:
-    """The reward processes that have a mark in their environment."""
+def marked(mark: str, program: bytes = b"medrl.rewards.worker") -> set[int]:
+    """The processes of a program, else the reward's, that have a mark in their environment."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            worker = b"medrl.rewards.worker" in (folder / "cmdline").read_bytes()
-            if worker and mark.encode() in (folder / "environ").read_bytes():
+            named = program in (folder / "cmdline").read_bytes()
+            if named and mark.encode() in (folder / "environ").read_bytes():
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -193,6 +193,26 @@ async def test_an_actor_that_dies_or_hangs_is_started_again_and_no_score_is_lost
     assert all(one.seconds > 0 for one in told[1::2])
     await scorer.close()
     assert await until(lambda: not marked(mark))
+
+
+@pytest.mark.engines
+async def test_what_rewards_of_a_killed_run_left_running_ends_when_it_is_resumed(make_prompt, mark):
+    """A program that outlives its reward outlives a driver that is killed, too."""
+    from medrl.rewards.actor import RayScorer
+
+    config = CONFIG.model_copy(update={"terms": (RewardTerm(use="hostile_rewards:behave"),)})
+    killed = RayScorer(config, "no-think", owner="runs/one")
+    await killed.score_group(group_of(make_prompt("C"), ("leave_children", "", "")))
+    workers = marked(mark)
+    os.kill(await pid_of(killed), signal.SIGKILL)
+    assert await until(lambda: not workers & marked(mark))
+    left = marked(mark, b"987")
+    assert left
+    for owner, still_there in (("runs/two", left), ("runs/one", set())):
+        scorer = RayScorer(CONFIG, "no-think", owner=owner)
+        assert (await scorer.score_group(group_of(make_prompt("C")))).scores[0].outcome == "ok"
+        assert marked(mark, b"987") == still_there
+        await scorer.close()
 
 
 @pytest.mark.engines
