@@ -46,7 +46,7 @@ async def _evaluate_model(config: Config, checked: Checked, model: str) -> Evalu
     interrupt = Interrupt()
     with cluster(config.placement), interrupt.listening():
         async with (
-            placed(config.placement) as placement,
+            placed(config) as placement,
             serving_engines(config, checked, placement, model, interrupt) as pool,
         ):
             return await full_evaluation(

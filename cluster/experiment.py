@@ -92,7 +92,7 @@ async def run_experiment(planned: Planned, console: Console) -> bool:
     if planned.todo:
         interrupt = Interrupt()
         with cluster(experiment.any_config.placement), interrupt.listening(), suppress(Interrupted):
-            async with placed(experiment.any_config.placement) as placement:
+            async with placed(experiment.any_config) as placement:
                 await _all_runs(planned, placement, interrupt, console)
         return not interrupt.requested
     write_report(folder)  # after each run it is written anyway

@@ -126,7 +126,7 @@ async def _measure_with_engines(
     requests = requests_of(config, checked.train)
     with cluster(config.placement), interrupt.listening():
         async with (
-            placed(config.placement) as placement,
+            placed(config) as placement,
             engines_and_scorer(config, checked, placement, model, interrupt) as (sampler, scorer),
         ):
             await interrupt.cancels(measure(left, requests, sampler, scorer, out, about))

@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from medrl.cluster.loopback import ADDRESS, ENVIRONMENT, ray_on_loopback
 from medrl.cluster.quiet import silence_ray
 from medrl.configs.errors import PlacementError
-from medrl.configs.schema import PlacementConfig
+from medrl.configs.schema import Config, PlacementConfig
 
 OBJECT_STORE_BYTES = 256 * 2**20  # of a local cluster: only ids and numbers travel
 LOOK_S = 5.0  # between two looks at whether all ranks have a node
@@ -166,14 +166,15 @@ def _end(family: Iterable[psutil.Process]) -> None:
 
 
 @asynccontextmanager
-async def placed(config: PlacementConfig) -> AsyncIterator[Placement]:
+async def placed(config: Config) -> AsyncIterator[Placement]:
     """Hold the run's resources for the block. Raises `PlacementError` past the deadline."""
-    device = choose_device(config)
-    bundles = needed_bundles(config, device)
-    group = await _claim(config, bundles)
-    cores = os.cpu_count() or 1
-    sharing = max(config.max_engines, config.learners)  # the two kinds mostly take turns
-    placement = Placement(device, config, group, threads=max(1, cores // sharing))
+    layout = config.placement
+    device = choose_device(layout)
+    group = await _claim(layout, needed_bundles(layout, device))
+    sharing = max(layout.max_engines, layout.learners)  # the two kinds mostly take turns
+    # The last digits of a sum follow from how many threads made it, and those from the layout.
+    threads = 1 if config.run.deterministic else max(1, (os.cpu_count() or 1) // sharing)
+    placement = Placement(device, layout, group, threads=threads)
     yielding = asyncio.create_task(placement.yield_room())
     try:
         yield placement

@@ -93,7 +93,7 @@ async def run_replay(
     (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
     interrupt = Interrupt()
     with cluster(config.placement), interrupt.listening():
-        async with placed(config.placement) as placement:
+        async with placed(config) as placement:
             say(f"starting {config.placement.engines} engines on {placement.device}s")
             async with system(config, checked, placement, replay.requests, interrupt) as parts:
                 parts.pool.tell = parts.scorer.tell = lambda outage: say(str(outage))

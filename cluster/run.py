@@ -57,7 +57,7 @@ async def run_training(prepared: Prepared, display: Display) -> bool:
     interrupt, startup = Interrupt(), Startup(process_start())
     startup.reached("imports and checks")
     with cluster(placement_config), interrupt.listening(), suppress(Interrupted):
-        async with placed(placement_config) as placement:
+        async with placed(prepared.config) as placement:
             startup.reached("Ray")
             display.say(
                 f"starting {placement_config.engines} engines and {placement_config.learners} "

@@ -41,12 +41,7 @@ def test_a_run_ahead_of_its_learner_that_lost_an_engine_is_repeated(
     assert f"the same: {STEPS} steps" in out
     old, new = sampled(then), sampled(now)
     assert len(old) == STEPS
-    for then_rows, now_rows in zip(old, new, strict=True):
-        for was, row in zip(then_rows, now_rows, strict=True):
-            logprobs, advantage = was.pop("logprobs"), was.pop("advantage")
-            assert row.pop("logprobs") == pytest.approx(logprobs, abs=1e-5)
-            assert row.pop("advantage") == pytest.approx(advantage, abs=1e-5)
-            assert row == was
+    assert old == new
     staleness = [
         step - 1 - row["version"] for step, rows in enumerate(old, start=1) for row in rows
     ]
