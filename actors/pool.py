@@ -2,7 +2,7 @@
 
     add ──> stale ──serve──> serving ──rest──> stale       fail: from either to fallen
              ^                                               │
-             └──────── add: started again (a supervisor) ────┘──give_up──> gone
+             └──────── add: started again (a supervisor) ────┘
 
 *Serving*: a receipt proves the version it holds. *Stale*: up, and never asked before a push proved
 its version. The sampler and the sync say `fail` of an engine whose calls end in a death; whoever
@@ -21,21 +21,25 @@ from medrl.actors.engine import Engine
 from medrl.configs.errors import EngineError, MedrlError
 
 MAX_DEATHS = 4
-"""So many without a finished group in between are a crash loop: the engine is given up. Where each
-try ends before any work is done, more of them are not likely to do better."""
+"""So many without a finished group in between are a crash loop. Where each try ends before any work
+is done, the next at once is not likely to do better: it is put off, or the end where nobody else is
+left."""
+PUT_OFF_S = 30.0  # the first time; twice as long after each further death
+MOST_PUT_OFF_S = 600.0
 
 
-Event = Literal["left", "waiting", "returned", "given up", "joined"]
+Event = Literal["left", "waiting", "returned", "put off", "given up", "joined"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """That a part of the run left, waits for room, came back, is given up, or is new."""
+    """That a part of the run left, waits for room, came back, is tried again later or no more, or is
+    new."""
 
     who: str  # "engine 1", "learner"
     event: Event
     cause: str  # of its leaving or waiting
-    seconds: float = 0.0  # out of service until now
+    seconds: float = 0.0  # out of service until now; put off: until it is tried again
 
     def __str__(self) -> str:
         if self.event == "left":
@@ -46,6 +50,11 @@ class Outage:
             return f"{self.who} joins"
         if self.event == "returned":
             return f"{self.who} is back after {self.seconds:.1f} s"
+        if self.event == "put off":
+            return (
+                f"{self.who} died {MAX_DEATHS} times or more without finishing a group; it is tried "
+                f"again in {self.seconds:.0f} s, the others go on; the first cause: {self.cause}"
+            )
         return f"{self.who} is given up after {MAX_DEATHS} deaths, the first: {self.cause}"
 
 
@@ -153,14 +162,17 @@ class EnginePool:
         """In a row, without a finished group in between."""
         return self._records[index].deaths if index in self._records else 0
 
-    def give_up(self, index: int) -> None:
-        """It does not come back. Without it, the others go on; the last one closes the pool."""
-        self._fallen.pop(index, None)
-        record = self._records[index]
-        self._tell(index, "given up", record.first, time.monotonic() - (record.since or 0.0))
-        if not self._up and not self._fallen:
+    def put_off(self, index: int) -> float:
+        """Seconds until it is to be tried again: 0, at once, unless it is in a crash loop. Where
+        none is up and all that fell are, the pool is closed."""
+        deaths = self.deaths(index)
+        if deaths < MAX_DEATHS:
+            return 0.0
+        seconds = min(PUT_OFF_S * 2.0 ** (deaths - MAX_DEATHS), MOST_PUT_OFF_S)
+        self._tell(index, "put off", self._records[index].first, seconds)
+        if not self._up and all(self.deaths(one) >= MAX_DEATHS for one in self._fallen):
             self.close(f"no engine is left: each died {MAX_DEATHS} times without finishing a group")
-        self.changed()
+        return seconds
 
     def stop(self, reason: str) -> None:
         """What is asked now may end, but nobody is to wait until an engine comes back."""

@@ -1,9 +1,9 @@
 """Notice engines that died or hang, also where nobody asks them anything, and start them again.
 
 An engine that serves is pinged: vLLM's own process has to answer, within `heartbeat_s`. One that
-left the pool, whoever saw it, is ended with all its processes and started again in its place; it
-is stale until a push. `patience_s` without any engine, or a crash loop of every one, closes the
-pool: then whoever waits for an engine gets the first cause.
+left the pool, whoever saw it, is ended with all its processes and started again in its place, in a
+crash loop after a while; it is stale until a push. `patience_s` without any engine, or a crash loop
+of every one, closes the pool: then whoever waits for an engine gets the first cause.
 
 An engine of the pool that was never up yet is started as well, whenever there is room for it. To
 wait for room has no limit and is no death, where others serve.
@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from medrl.actors.engine import Engine
-from medrl.actors.pool import MAX_DEATHS, EnginePool
+from medrl.actors.pool import EnginePool
 from medrl.configs.errors import EngineError, MedrlError, as_death
 
 POLL_S = 1.0  # between two pings of an engine
@@ -68,12 +68,14 @@ class Supervisor:
             self._pool.close(f"supervision of engines failed: {errors.exceptions[0]}")
 
     async def _keep(self, index: int) -> None:
-        while self._pool.deaths(index) < MAX_DEATHS:
+        while True:
             if index in self._pool.up:
                 await self._see_it_leave(index)
-            else:
-                await self._bring_back(index)
-        self._pool.give_up(index)
+                continue
+            if rest := self._pool.fallen.get(index):
+                await rest.close()
+            await asyncio.sleep(self._pool.put_off(index))
+            await self._bring_back(index)
 
     async def _see_it_leave(self, index: int) -> None:
         while engine := self._pool.up.get(index):
@@ -100,8 +102,6 @@ class Supervisor:
 
     async def _bring_back(self, index: int) -> None:
         try:
-            if rest := self._pool.fallen.get(index):
-                await rest.close()
             engine = await self._start(index)
             if self._pool.serves_as_started:
                 await engine.resume(0)

@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,24 +197,54 @@ async def test_a_crash_loop_ends_with_the_first_cause_on_top(tmp_path: Path) -> 
     assert len(starts) == MAX_DEATHS - 1
     again = [outage.cause for outage in world.outages if outage.event == "left"]
     assert again == ["engine 0 was killed", "no memory, try 1", "no memory, try 2"]
-    assert world.outages[-1].event == "given up"
+    assert world.outages[-1].event == "put off"
 
 
-async def test_a_run_goes_on_without_an_engine_that_never_comes_back(tmp_path: Path) -> None:
+async def test_an_engine_in_a_crash_loop_is_tried_more_and_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on without it, and with it as soon as it does come back."""
+    monkeypatch.setattr("medrl.actors.pool.PUT_OFF_S", 0.02)
+    monkeypatch.setattr("medrl.actors.pool.MOST_PUT_OFF_S", 0.05)
     world = FaultyWorld(tmp_path, steps=60, delays=(0.0, 0.001))
+    tries: list[float] = []
 
     async def broken(index: int) -> FakeEngine:
-        raise EngineError("its GPU fell off the bus")
+        tries.append(asyncio.get_running_loop().time())
+        if len(tries) < 7:
+            raise EngineError("its GPU fell off the bus")
+        return await world.start(index)
 
+    async def wait_for_it(step: int) -> None:
+        if step == 50:
+            await world.pool.until(lambda: 1 in world.pool.up)
+
+    world.parts = replace(world.parts, after_step=wait_for_it)
     world.supervisor = Supervisor(world.pool, broken, heartbeat_s=HEARTBEAT_S, patience_s=60.0)
     world.engines[1].die()  # type: ignore[attr-defined]
-    await world.run()
+    async with asyncio.timeout(60):
+        await world.run()
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 60
-    assert [str(outage) for outage in world.outages] == [
-        "engine 1 is started again: engine 1 was killed",
-        *["engine 1 is started again: its GPU fell off the bus"] * 2,
-        "engine 1 is given up after 4 deaths, the first: engine 1 was killed",
+    *outages, last = world.outages
+    assert [(outage.event, outage.cause) for outage in outages] == [
+        ("left", "engine 1 was killed"),
+        *[("left", "its GPU fell off the bus")] * 2,
+        *[("put off", "engine 1 was killed")] * 4,
     ]
+    assert [one.seconds for one in outages[3:]] == [0.02, 0.04, 0.05, 0.05]
+    waits = [after - before for before, after in pairwise(tries)]
+    assert all(
+        waited >= told for waited, told in zip(waits[2:], [0.02, 0.04, 0.05, 0.05], strict=True)
+    )
+    assert last.event == "returned"
+
+
+def test_an_engine_put_off_says_for_how_long() -> None:
+    outage = Outage(who="engine 1", event="put off", cause="engine 1 was killed", seconds=30.0)
+    assert str(outage) == (
+        "engine 1 died 4 times or more without finishing a group; it is tried again in 30 s, "
+        "the others go on; the first cause: engine 1 was killed"
+    )
 
 
 async def test_without_an_engine_a_run_waits_no_longer_than_its_patience(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class Nodes:
     """A cluster whose head has no room, and a run on it, seen from outside."""
 
     def __init__(self) -> None:
+        self.others = set(psutil.Process().children(recursive=True))  # engines of other tests, say
         with ray_on_loopback():
             self.cluster = Cluster(
                 initialize_head=True,
@@ -78,7 +79,8 @@ class Nodes:
             states = [group["state"] for group in placement_group_table().values()]
         finally:
             ray.shutdown()
-        titles = [" ".join(_command(one)) for one in psutil.Process().children(recursive=True)]
+        family = set(psutil.Process().children(recursive=True)) - self.others
+        titles = [" ".join(_command(one)) for one in family]
         parts = ("Actor", "VLLM::")
         running = [title for title in titles if any(part in title for part in parts)]
         return [state for state in states if state != "REMOVED"], running
