@@ -33,8 +33,7 @@ Event = Literal["left", "waiting", "returned", "put off", "given up", "joined"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """That a part of the run left, waits for room, came back, is tried again later or no more, or is
-    new."""
+    """That a part of the run left, waits for room, came back, is put off or given up, or is new."""
 
     who: str  # "engine 1", "learner"
     event: Event
@@ -52,8 +51,9 @@ class Outage:
             return f"{self.who} is back after {self.seconds:.1f} s"
         if self.event == "put off":
             return (
-                f"{self.who} died {MAX_DEATHS} times or more without finishing a group; it is tried "
-                f"again in {self.seconds:.0f} s, the others go on; the first cause: {self.cause}"
+                f"{self.who} died {MAX_DEATHS} times or more without finishing a group; it is "
+                f"tried again in {self.seconds:.0f} s, the others go on; the first cause: "
+                f"{self.cause}"
             )
         return f"{self.who} is given up after {MAX_DEATHS} deaths, the first: {self.cause}"
 
