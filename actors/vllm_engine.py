@@ -56,6 +56,7 @@ class VllmEngine:
         deterministic: bool = False,  # a group follows from weights and request alone
         log_path: Path | None = None,  # vLLM's output; None: in `scratch`
         scratch: Path | None = None,  # folder for sockets and digests; None: a temporary one
+        stat_logger: Any = None,  # vLLM's StatLoggerFactory; None: it keeps no statistics
     ) -> None:
         self._index = index
         self._rollout = rollout
@@ -83,7 +84,7 @@ class VllmEngine:
         }
         try:
             with output_to(self._log):
-                self._llm = start(options, device, self._scratch)
+                self._llm = start(options, device, self._scratch, stat_logger)
         except Exception as error:
             raise EngineError(f"engine {index} did not start: {error}{self._log_tail()}") from error
         self._tokenizer = self._llm.get_tokenizer()

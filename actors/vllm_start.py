@@ -17,6 +17,7 @@ _GIB = 1024**3
 _SOCKET_PATH_BYTES = 107  # Linux's limit
 _SOCKET_NAME_BYTES = 36  # vLLM names a socket by a UUID
 _CPU_BLOCK_TOKENS = 32  # prefix-cache granule; vLLM's 128 shares nothing of a short prompt
+_IN_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # "uni" becomes "mp" on CPUs
 _MAX_RUNNING = 256  # completions decoded side by side
 
 
@@ -52,6 +53,9 @@ def engine_options(
         options["async_scheduling"] = False
     if device == "cpu":
         return options | {
+            # Its default has the model in a process more: seconds of start-up, 0.6 GB, and a queue
+            # at whose ends both spin. That is there to bind threads to cores, which we do not.
+            "distributed_executor_backend": _IN_ONE_PROCESS,
             "enforce_eager": True,
             "skip_mm_profiling": True,
             # A part of a prompt draws a token that is then undone, which a CPU's generator cannot.
@@ -81,11 +85,17 @@ def _cache_bytes(model: ModelConfig, rollout: RolloutConfig, running: int) -> in
     return min(rollout.cpu_cache_gib * _GIB, needed)
 
 
-def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"], scratch: Path) -> Any:
+def start(
+    options: Mapping[str, Any],
+    device: Literal["cpu", "gpu"],
+    scratch: Path,
+    stat_logger: Any = None,
+) -> Any:
     """Start vLLM in processes of its own. Its settings by environment precede its import.
 
     Its sockets and other temporary files go into the folder `scratch`, and its shared memory is
-    named after it, for it leaves them behind when it is killed."""
+    named after it, for it leaves them behind when it is killed. `stat_logger` (vLLM's
+    `StatLoggerFactory`) is told of each step of the model, the images encoded in it included."""
     name_shared_memory(scratch)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns once a request otherwise
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -99,8 +109,10 @@ def start(options: Mapping[str, Any], device: Literal["cpu", "gpu"], scratch: Pa
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    loggers = [stat_logger] if stat_logger else None
+    options = {**options, "enable_logging_iteration_details": bool(loggers)}
     with _temporary_files_in(scratch):
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**options), stat_loggers=loggers)
 
 
 @contextlib.contextmanager
