@@ -24,7 +24,14 @@ from medrl.cluster.preflight import Checked
 from medrl.cluster.prepare import Prepared
 from medrl.cluster.run import Run
 from medrl.configs.errors import EngineError, LearnerError, as_death
-from medrl.configs.schema import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from medrl.configs.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from medrl.learner.fake_learner import FakeLearner
 from medrl.reports.lines import read_lines
 
@@ -96,7 +103,10 @@ class WholeRun:
         staleness: int = 0,
         kind: type[FrailLearner] = FrailLearner,
         method: str = "grpo",
+        evaluates: int = 0,
+        checkpoint: Path | None = None,
     ) -> None:
+        """`evaluates`: every so many steps. `checkpoint`: of a driver that was killed."""
         world = World(folder / "unused", steps=STEPS, staleness=staleness)
         self.pool = world.pool
         self.learner = kind(world.wire, dies_in)
@@ -112,9 +122,11 @@ class WholeRun:
             model=ModelConfig(path="none"),
             data=DataConfig(train="none"),
             rollout=RolloutConfig(prompts=4, completions=4, max_tokens=32, staleness=staleness),
+            eval=EvalConfig(every=evaluates),
         )
         self.folder = config.run_dir
-        checked = Checked(train=tuple(PROMPTS), test=(), image_root=folder, max_images=1)
+        test = tuple(PROMPTS[:4]) if evaluates else ()
+        checked = Checked(train=tuple(PROMPTS), test=test, image_root=folder, max_images=1)
         self.heard = io.StringIO()
         self.interrupt = Interrupt()
         parts = SimpleNamespace(
@@ -125,7 +137,7 @@ class WholeRun:
             sync=world.sync,
         )
         self.run = Run(
-            Prepared(config=config, checked=checked, checkpoint=None),
+            Prepared(config=config, checked=checked, checkpoint=checkpoint),
             world.requests,
             parts,  # type: ignore[arg-type]
             Journal(self.folder),
@@ -311,3 +323,28 @@ async def test_a_stop_while_no_engine_is_left_is_a_stop(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             await whole.run.go(None)
     assert Checkpoints(whole.folder / "checkpoints", 2).steps() == [4, 6]
+
+
+async def test_a_resumed_run_makes_the_evaluation_that_it_owes(tmp_path: Path) -> None:
+    """Its driver was killed between a step's checkpoint and that step's evaluation."""
+
+    class Killed(BaseException):
+        pass
+
+    whole = WholeRun(tmp_path, evaluates=EVERY)
+    evaluate = whole.run._evaluate
+
+    async def kill(step: int) -> None:
+        if step == 8:
+            raise Killed
+        await evaluate(step)
+
+    whole.run._evaluate = kill  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        await whole.run.go(None)
+    assert [line["step"] for line in whole.lines("evals")] == [0, 4]
+    checkpoint, _ = Checkpoints(whole.folder / "checkpoints", 2).newest_whole()
+    again = WholeRun(tmp_path, evaluates=EVERY, checkpoint=checkpoint)
+    await again.run.go(None)
+    assert [line["step"] for line in again.lines("evals")] == [0, 4, 8, 12]
+    assert [line["step"] for line in again.lines("metrics")] == list(range(1, STEPS + 1))
