@@ -80,6 +80,7 @@ class PromptReader:
         self._paths: dict[str, str] = {}  # hash -> path
         self._cache: OrderedDict[str, ImageInputs] = OrderedDict()
         self._cache_bytes = cache_bytes
+        self._bytes = 0  # of what is cached
         self.forbidden = forbidden_token_ids(self.processor.tokenizer)
         self._blank = self._process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
         self.blank = BlankImage(
@@ -133,14 +134,14 @@ class PromptReader:
             self._hashes[path] = loaded.sha256
             self._paths[loaded.sha256] = path
             if loaded.sha256 not in self._cache:
-                self._cache[loaded.sha256] = self._process(loaded.image)
-                self._evict()
+                self._keep(loaded.sha256, self._process(loaded.image))
         return self._hashes[path]
 
-    def _evict(self) -> None:
-        used = sum(image.pixels.nbytes for image in self._cache.values())
-        while used > self._cache_bytes and len(self._cache) > 1:
-            used -= self._cache.popitem(last=False)[1].pixels.nbytes
+    def _keep(self, hash: str, image: ImageInputs) -> None:
+        self._cache[hash] = image
+        self._bytes += image.pixels.nbytes
+        while self._bytes > self._cache_bytes and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].pixels.nbytes
 
     def _process(self, pil: Any) -> ImageInputs:
         out = self.processor.image_processor(images=[pil], return_tensors="pt")
