@@ -19,7 +19,17 @@ from medrl.bench.frame import LEAST_PAIRS, Benchmark, Options
 from medrl.bench.page import PAGE, make_page
 from medrl.reports.markdown import Table
 
-NAMES = ("learner_rows", "frozen_tower", "loop", "overlap", "images", "startup")
+NAMES = (
+    "step",
+    "learner_rows",
+    "frozen_tower",
+    "rollout",
+    "loop",
+    "overlap",
+    "images",
+    "sync",
+    "startup",
+)
 """The files of this package that hold a BENCHMARK, in the page's order."""
 
 

@@ -51,7 +51,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
     },
     "deepspeed": {"learner/deepspeed_engine.py"},
     "peft": {"learner/lora.py"},
-    "trl": {"bench/paper_shape.py"},
+    "trl": {"bench/trl_trainer.py"},
 }
 
 
