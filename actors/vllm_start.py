@@ -106,6 +106,9 @@ def start(
         # oneDNN keeps a kernel for each shape, 1,024 of them by default: 400 MiB beside a tiny
         # model, in hundreds of steps, for every push makes the layers' kernels anew.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        # With the model itself run eagerly, one small function of the sampler is all that is left
+        # to compile: 8 s before the first token, by a C++ compiler that has to be there for it.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

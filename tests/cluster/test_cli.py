@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import ray
 
 from medrl.cluster import cli
 from medrl.configs.errors import UserError
@@ -28,6 +30,15 @@ def test_help_is_no_error_and_tells_the_exit_statuses(
     for command in ("train", "eval", "score"):
         assert status_of(monkeypatch, command, "--help") == 0
     assert "Relative paths" in capsys.readouterr().out
+
+
+def test_the_versions_are_those_of_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "--version") == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert shown["medrl"] == metadata.version("medrl")
+    assert shown["ray"] == ray.__version__
 
 
 def test_a_usage_error_goes_to_stderr(
