@@ -22,9 +22,9 @@ order they were scored in: timing decides nothing.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from medrl.actors.types import ScoredGroup
 
@@ -42,56 +42,16 @@ class BufferState:
     spent: int = 0  # how many of them count as the next batch's
 
 
-class Buffer(Protocol):
-    """What the loop asks of a buffer; `GroupBuffer` says what each does."""
+class Buffer(ABC):
+    """What the loop asks of a buffer. A kind of it decides what a batch is: `_finished`, `_is_ready`
+    and `_next_batch` are asked under the condition `_changed`."""
 
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def replaced(self) -> list[ScoredGroup]: ...
-
-    async def admit(self) -> int | None: ...
-
-    async def put(self, group: ScoredGroup) -> None: ...
-
-    async def take(self) -> list[ScoredGroup]: ...
-
-    async def advance(self, version: int) -> None: ...
-
-    async def fail(self, error: BaseException) -> None: ...
-
-
-class GroupBuffer:
-    """Hands out draws (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
-
-    def __init__(
-        self, *, prompts: int, staleness: int, total_batches: int, max_replaced: int = 0
-    ) -> None:
-        """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind; for
-        each, at most `max_replaced` groups of equal scores are replaced."""
-        self._prompts = prompts
-        self._staleness = staleness
-        self._batches = total_batches
-        self._max_replaced = max_replaced
+    def __init__(self) -> None:
         self._version = 0
-        self._next_draw = 0
-        self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
-        self._started: dict[int, int] = {}
-        self._out: dict[int, int] = {}  # the batch that is being trained: draw -> version at start
-        self._ready: dict[int, ScoredGroup] = {}  # by draw, in the order they were scored
-        self._uniform: set[int] = set()  # draws of equal scores, scored since the last batch
-        self._owed: list[ScoredGroup] = []  # replaced for a batch that a checkpoint found untrained
-        self._spent = 0
         self._replaced: list[ScoredGroup] = []
         self._stopped = False
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
-
-    @property
-    def settled(self) -> bool:
-        """Whether no batch is between `take` and `advance`."""
-        return not self._out
 
     @property
     def version(self) -> int:
@@ -103,32 +63,16 @@ class GroupBuffer:
         """Groups replaced in filling the batch last taken, in the order of their draws."""
         return self._replaced
 
+    @abstractmethod
     async def admit(self) -> int | None:
         """The next draw to roll out, once there is room for it; None when the run has no more."""
-        async with self._changed:
-            await self._changed.wait_for(self._has_room)
-            if self._finished():
-                return None
-            if self._redo:
-                return self._redo.pop(0)
-            draw = self._next_draw
-            self._next_draw += 1
-            self._started[draw] = self._version
-            return draw
 
+    @abstractmethod
     async def put(self, group: ScoredGroup) -> None:
         """Add a group that was admitted and is now scored."""
-        draw = group.group.request.draw
-        if draw not in self._started or draw in self._ready:
-            raise ValueError(f"group of draw {draw} was not admitted, or was put twice")
-        async with self._changed:
-            self._ready[draw] = group
-            if group.uniform and not any(score.failed for score in group.scores):
-                self._uniform.add(draw)
-            self._changed.notify_all()
 
     async def take(self) -> list[ScoredGroup]:
-        """The next batch, in the order of its draws; waits until it is complete.
+        """The next batch; waits until it is complete.
 
         Empty after the last batch, and after `stop`. Raises what `fail` was given.
         """
@@ -138,17 +82,7 @@ class GroupBuffer:
                 raise self._failure
             if self._stopped or self._finished():
                 return []
-            draws = self._choose()
-            batch = [self._ready.pop(draw) for draw in sorted(draws)]
-            leaving = self._leaving()
-            self._replaced = [*self._owed, *(self._ready.pop(draw) for draw in leaving)]
-            self._owed, self._spent, self._uniform = [], 0, set()
-            self._out = {draw: self._started.pop(draw) for draw in draws}
-            for draw in leaving:
-                del self._started[draw]
-            oldest = min(group.group.version for group in batch)
-            age = self._version - oldest
-            assert age <= self._staleness, f"a group {age} versions old got into a batch"
+            batch = self._next_batch()
             self._changed.notify_all()
             return batch
 
@@ -156,7 +90,6 @@ class GroupBuffer:
         """The engines now serve `version`: more groups may start."""
         async with self._changed:
             self._version = version
-            self._out = {}
             self._changed.notify_all()
 
     async def stop(self) -> None:
@@ -170,6 +103,74 @@ class GroupBuffer:
         async with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+    @abstractmethod
+    def _finished(self) -> bool: ...
+
+    @abstractmethod
+    def _is_ready(self) -> bool: ...
+
+    @abstractmethod
+    def _next_batch(self) -> list[ScoredGroup]:
+        """Called where it is ready; says what was `_replaced` for it as well."""
+
+    def _has_answer(self) -> bool:
+        stopped = self._stopped or self._failure is not None
+        return stopped or self._finished() or self._is_ready()
+
+
+class GroupBuffer(Buffer):
+    """Hands out draws (`admit`), keeps scored groups (`put`), gives batches (`take`)."""
+
+    def __init__(
+        self, *, prompts: int, staleness: int, total_batches: int, max_replaced: int = 0
+    ) -> None:
+        """Batches of `prompts` groups, `total_batches` of them, at most `staleness` behind; for
+        each, at most `max_replaced` groups of equal scores are replaced."""
+        super().__init__()
+        self._prompts = prompts
+        self._staleness = staleness
+        self._batches = total_batches
+        self._max_replaced = max_replaced
+        self._next_draw = 0
+        self._redo: list[int] = []  # draws that were in flight when a checkpoint was made
+        self._started: dict[int, int] = {}
+        self._out: dict[int, int] = {}  # the batch that is being trained: draw -> version at start
+        self._ready: dict[int, ScoredGroup] = {}  # by draw, in the order they were scored
+        self._uniform: set[int] = set()  # draws of equal scores, scored since the last batch
+        self._owed: list[ScoredGroup] = []  # replaced for a batch that a checkpoint found untrained
+        self._spent = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether no batch is between `take` and `advance`."""
+        return not self._out
+
+    async def admit(self) -> int | None:
+        async with self._changed:
+            await self._changed.wait_for(self._has_room)
+            if self._finished():
+                return None
+            if self._redo:
+                return self._redo.pop(0)
+            draw = self._next_draw
+            self._next_draw += 1
+            self._started[draw] = self._version
+            return draw
+
+    async def put(self, group: ScoredGroup) -> None:
+        draw = group.group.request.draw
+        if draw not in self._started or draw in self._ready:
+            raise ValueError(f"group of draw {draw} was not admitted, or was put twice")
+        async with self._changed:
+            self._ready[draw] = group
+            if group.uniform and not any(score.failed for score in group.scores):
+                self._uniform.add(draw)
+            self._changed.notify_all()
+
+    async def advance(self, version: int) -> None:
+        self._out = {}
+        await super().advance(version)
 
     def state(self) -> BufferState:
         """What to write into a checkpoint. A batch that is being trained is rolled out again, but
@@ -211,12 +212,23 @@ class GroupBuffer:
         earlier draw takes its place among the replaced: so no group becomes due earlier."""
         return sorted(self._uniform)[: max(0, self._max_replaced - self._spent)]
 
-    def _has_answer(self) -> bool:
-        stopped = self._stopped or self._failure is not None
-        return stopped or self._finished() or self._batch_is_ready()
-
-    def _batch_is_ready(self) -> bool:
+    def _is_ready(self) -> bool:
         return len(self._choose()) == self._prompts
+
+    def _next_batch(self) -> list[ScoredGroup]:
+        """In the order of its draws."""
+        draws = self._choose()
+        batch = [self._ready.pop(draw) for draw in sorted(draws)]
+        leaving = self._leaving()
+        self._replaced = [*self._owed, *(self._ready.pop(draw) for draw in leaving)]
+        self._owed, self._spent, self._uniform = [], 0, set()
+        self._out = {draw: self._started.pop(draw) for draw in draws}
+        for draw in leaving:
+            del self._started[draw]
+        oldest = min(group.group.version for group in batch)
+        age = self._version - oldest
+        assert age <= self._staleness, f"a group {age} versions old got into a batch"
+        return batch
 
     def _choose(self) -> list[int]:
         """Draws of the next batch; fewer than P while one must be waited for."""
