@@ -43,8 +43,8 @@ class BufferState:
 
 
 class Buffer(ABC):
-    """What the loop asks of a buffer. A kind of it decides what a batch is: `_finished`, `_is_ready`
-    and `_next_batch` are asked under the condition `_changed`."""
+    """What the loop asks of a buffer. A kind of it decides what a batch is, by what is asked of it
+    under the condition `_changed`: `_finished`, `_is_ready` and `_next_batch`."""
 
     def __init__(self) -> None:
         self._version = 0
