@@ -81,21 +81,37 @@ def _limits(report: Report) -> Iterator[str]:
     )
     yield ""
     for who, title in (("engine", "engines"), ("learner", "the learner")):
-        times = [
-            it["served_after_s"]
-            for it in report["faults"]
-            if it["who"] == who and it["outcome"] == "recovered"
-        ]
-        within = sum(it <= start_s + ALLOWANCE_S for it in times)
+        mine = [it for it in report["faults"] if it["who"] == who and it["outcome"] == "recovered"]
+        times = [it["served_after_s"] for it in mine]
+        late = [it for it in mine if it["served_after_s"] > start_s + ALLOWANCE_S]
         if times:
             yield (
                 f"- Out of service, {title}: median {median(times):.1f} s, most "
-                f"{max(times):.1f} s; {within} of {len(times)} within the {start_s:.0f} s that a "
-                f"start of the whole run takes (median) and {ALLOWANCE_S:g} s."
+                f"{max(times):.1f} s; {len(times) - len(late)} of {len(times)} within the "
+                f"{start_s:.0f} s that a start of the whole run takes (median) and "
+                f"{ALLOWANCE_S:g} s.{_excuse(late, report['faults'])}"
             )
     unasked = sum(len(it["unasked"]) for it in report["phases"].values())
     yield f"- Outages that no fault accounts for: {unasked}."
     yield ""
+
+
+def _excuse(late: Sequence[Report], faults: Sequence[Report]) -> str:
+    """How many of the late ones were hit again, or had others come back on the same cores."""
+    if not late:
+        return ""
+    shared = sum(any(_overlap(it, other) for other in faults) for it in late)
+    return (
+        f" Of the {len(late)} others {shared} were hit again meanwhile, or shared the cores with "
+        "others that came back."
+    )
+
+
+def _overlap(one: Report, other: Report) -> bool:
+    if other["number"] == one["number"] or other["who"] not in ("engine", "learner"):
+        return False
+    ends = [it["time"] + (it["seconds"] or 0.0) for it in (one, other)]
+    return bool(other["time"] < ends[0] and one["time"] < ends[1])
 
 
 def _checks(report: Report) -> Iterator[str]:
