@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,13 +123,13 @@ def _lengths(lines: list[Mapping[str, Any]]) -> tuple[int, ...]:
 
 
 def make_config(models: Path, folder: Path, tokens: int) -> Config:
-    """Of a run on this machine's cores: half of them engines', and as many ranks, in turns."""
+    """Of one engine and one rank that take turns on all cores, as generation and training do in
+    TRL's one process."""
     from medrl.data import phantoms
 
     data = models / f"phantoms-{SIDE}"
     if not data.exists():
         phantoms.generate(data, train=64, test=8, seed=0, size=SIDE)
-    each = min(2, len(os.sched_getaffinity(0)))
     return config_of(
         {
             "run": {"name": "step", "dir": str(folder / "runs"), "steps": 1_000},
@@ -144,11 +143,12 @@ def make_config(models: Path, folder: Path, tokens: int) -> Config:
                 "max_model_len": 512,
             },
             "placement": {
-                "engines": each,
-                "learners": each,
+                "engines": 1,
+                "learners": 1,
                 "device": "cpu",
                 "cpus_per_process": 0.4,
             },
+            "learner": {"zero_stage": 0},  # one rank has nobody to share with
             "eval": {"every": 0},
         }
     )
