@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from medrl.actors.types import Prompt, RolloutRequest, Sampling
+from medrl.actors.types import RolloutRequest, Sampling
 from medrl.bench.facts import Count
 from medrl.bench.frame import Benchmark, Case, Options, paired
-from medrl.bench.shapes import SIDE, make_model
+from medrl.bench.shapes import SIDE, make_model, question
 from medrl.configs.schema import DataConfig
 from medrl.data.image_files import decode
 from medrl.data.images import ImageStore
@@ -132,18 +132,10 @@ def _prepare(reader: PromptReader, name: str) -> None:
 
 
 def _request(name: str) -> RolloutRequest:
-    prompt = Prompt(
-        id=name,
-        question="q",
-        options=(),
-        answer="x",
-        images=(name,),
-        modality="CT",
-        question_type="t",
-        source="bench",
-    )
     sampling = Sampling(num_completions=8, max_tokens=8, temperature=1.0)
-    return RolloutRequest(draw=0, prompt=prompt, text="Which is it?", sampling=sampling, seed=0)
+    return RolloutRequest(
+        draw=0, prompt=question(name), text="Which is it?", sampling=sampling, seed=0
+    )
 
 
 # What keeping costs, each in a process of its own.

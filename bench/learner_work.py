@@ -20,13 +20,12 @@ from torch import Tensor
 from medrl.actors.types import (
     Completion,
     Group,
-    Prompt,
     RolloutRequest,
     Sampling,
     Score,
     ScoredGroup,
 )
-from medrl.bench.shapes import Shape, make_model
+from medrl.bench.shapes import Shape, make_model, question
 from medrl.configs.schema import LearnerConfig, ModelConfig
 from medrl.data.images import ImageStore
 from medrl.learner.batch import RowBatch
@@ -235,16 +234,7 @@ def _request(reader: PromptReader, image: str, index: int, shape: Shape) -> Roll
     """With as many words as make the prompt `shape.prompt` tokens long."""
     bare = RolloutRequest(
         draw=index,
-        prompt=Prompt(
-            id=f"p{index}",
-            question="q",
-            options=(),
-            answer="x",
-            images=(image,),
-            modality="CT",
-            question_type="t",
-            source="s",
-        ),
+        prompt=question(image),
         text="?",
         sampling=Sampling(
             num_completions=shape.completions, max_tokens=shape.tokens, temperature=1.0

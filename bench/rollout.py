@@ -13,12 +13,12 @@ from medrl.actors.chat import render_chat
 from medrl.actors.engine import Engine
 from medrl.actors.pool import EnginePool
 from medrl.actors.sampler import Sampler
-from medrl.actors.types import Group, Prompt, RolloutRequest, Sampling
+from medrl.actors.types import Group, RolloutRequest, Sampling
 from medrl.bench.engines_at_work import CountedEngine, Counts, engines_at_work
 from medrl.bench.facts import Count, Lengths, Refused
 from medrl.bench.frame import Benchmark, Case, Options, Target, paired
 from medrl.bench.images import make_images
-from medrl.bench.shapes import NOTHINK, SHAPES, THINK, VISUAL_TOKENS, Shape, make_model
+from medrl.bench.shapes import NOTHINK, SHAPES, THINK, VISUAL_TOKENS, Shape, make_model, question
 from medrl.cluster.engines import MAX_SEQUENCES
 from medrl.configs.schema import RolloutConfig
 
@@ -64,26 +64,13 @@ def make_requests(model: Path, images: Sequence[str], shape: Shape) -> list[Roll
     return [
         RolloutRequest(
             draw=draw,
-            prompt=_prompt(draw, image),
+            prompt=question(image),
             text=text,
             sampling=sampling,
             seed=draw * shape.completions,
         )
         for draw, image in enumerate(images)
     ]
-
-
-def _prompt(draw: int, image: str) -> Prompt:
-    return Prompt(
-        id=f"p{draw}",
-        question="q",
-        options=(),
-        answer="x",
-        images=(image,),
-        modality="CT",
-        question_type="t",
-        source="bench",
-    )
 
 
 Way = Callable[[Sequence[Engine], Sequence[RolloutRequest]], Awaitable[list[Group]]]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from medrl.actors.types import Prompt
+
 SIDE = 392  # pixels of an image: 28 x 28 patches
 VISUAL_TOKENS = 196
 
@@ -31,6 +33,20 @@ SHAPES = {THINK: Shape(tokens=64), NOTHINK: Shape(tokens=8)}
 
 SIZES: dict[str, Any] = {"hidden": 512, "layers": 8, "vision_hidden": 256, "vision_layers": 6}
 """Of `learner.tiny.build`."""
+
+
+def question(image: str) -> Prompt:
+    """About one image. A request of a benchmark has words of its own."""
+    return Prompt(
+        id=image,
+        question="q",
+        options=(),
+        answer="x",
+        images=(image,),
+        modality="CT",
+        question_type="t",
+        source="bench",
+    )
 
 
 def coin(completion: str, prompt: object = None) -> float:
