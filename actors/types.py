@@ -72,6 +72,9 @@ class RolloutRequest:
     sampling: Sampling
     seed: int  # completion i draws from stream seed + i
     blind: bool = False  # each image as plain grey of its size: to evaluate, never to be trained on
+    small: bool = (
+        False  # each image as small as the model takes it: for the canary, which is no work
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

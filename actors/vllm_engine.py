@@ -218,6 +218,8 @@ class VllmEngine:
         started = time.perf_counter()
         paths = request.prompt.images
         load = self._images.blank if request.blind else self._images.load
+        if request.small:
+            load = self._images.small
         try:
             images = [await asyncio.to_thread(load, path) for path in paths]
             text = render_chat(self._tokenizer, request.text, len(images))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medrl.actors.types import Example, Prompt, RolloutRequest, Sampling
 from medrl.configs.schema import Config, RolloutConfig
 from medrl.data.schedule import Schedule, group_seed
 from medrl.rewards.modes import Mode, get_mode
 
-CANARY_TOKENS = 4
+CANARY_TOKENS = 2  # one of the prompt's own pass, one of a step after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,12 @@ class Requests:
         return self._request(number, prompt, sampling, seed=0)
 
     def canary(self) -> RolloutRequest:
-        """A few greedy tokens on a prompt with an image, if the data has one: proves a sync."""
+        """A few greedy tokens on a prompt with an image, if the data has one: proves a sync. The
+        image is small, for the engines wait, and what is proved does not depend on its size."""
         with_image = (prompt for prompt in self.prompts if prompt.images)
         prompt = next(with_image, self.prompts[0])
         sampling = Sampling(num_completions=1, max_tokens=CANARY_TOKENS, temperature=0.0)
-        return self._request(0, prompt, sampling, seed=0)
+        return replace(self._request(0, prompt, sampling, seed=0), small=True)
 
     def _request(self, draw: int, prompt: Prompt, sampling: Sampling, seed: int) -> RolloutRequest:
         text = self.mode.render(prompt)

@@ -105,6 +105,13 @@ class ImageStore:
         grey = Image.new("RGB", (seen.width, seen.height), MID_GREY)
         return replace(seen, image=grey, sha256=pixel_hash(grey))
 
+    def small(self, path: str) -> LoadedImage:
+        """The image at `path` with about as few pixels as the model takes. Raises `UserError`."""
+        seen = self.load(path)
+        size = fit(seen.width, seen.height, self.factor, self.min_pixels, 2 * self.min_pixels)
+        image = seen.image.resize(size, Image.Resampling.BICUBIC)
+        return LoadedImage(image=image, width=size[0], height=size[1], sha256=pixel_hash(image))
+
     def _read(self, path: str) -> LoadedImage:
         try:
             image = decode(locate(self.root, path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class ImageSource(Protocol):
 
     def load(self, path: str, /) -> LoadedImage: ...
 
+    def small(self, path: str, /) -> LoadedImage:
+        """With about as few pixels as the model takes."""
+        ...
+
 
 def read_config(path: str, *, trust: bool = False) -> Any:
     """The model's configuration. Raises `UserError` where `path` holds none of a known family.
@@ -64,6 +68,13 @@ def read_config(path: str, *, trust: bool = False) -> Any:
     return config
 
 
+class _Seen(NamedTuple):
+    """An image as a request has it seen."""
+
+    path: str
+    small: bool
+
+
 class PromptReader:
     """Processor side of the model. An image is decoded and processed once, then cached."""
 
@@ -76,8 +87,8 @@ class PromptReader:
         self.config: Any = read_config(path, trust=trust)
         self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
         self._images = images
-        self._hashes: dict[str, str] = {}  # path -> hash
-        self._paths: dict[str, str] = {}  # hash -> path
+        self._hashes: dict[_Seen, str] = {}
+        self._seen: dict[str, _Seen] = {}  # by hash
         self._cache: OrderedDict[str, ImageInputs] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._bytes = 0  # of what is cached
@@ -91,7 +102,7 @@ class PromptReader:
     def read(self, group: Group) -> PromptInputs:
         """Raises `LearnerError` where the prompt is not the one the engine sampled from."""
         prompt = group.request.prompt
-        hashes = tuple(self._hash(path) for path in prompt.images)
+        hashes = self._hashes_of(group.request)
         if hashes != group.image_hashes:
             raise LearnerError(
                 f"prompt {prompt.id}: the images {list(prompt.images)} here are not those that "
@@ -107,7 +118,7 @@ class PromptReader:
 
     def inputs(self, request: RolloutRequest) -> PromptInputs:
         """The prompt as an engine would be given it."""
-        hashes = tuple(self._hash(path) for path in request.prompt.images)
+        hashes = self._hashes_of(request)
         images = [self.image(hash) for hash in hashes]
         text = render_chat(self.processor, request.text, len(hashes))
         ids = torch.tensor(self._token_ids(text, images))
@@ -121,21 +132,24 @@ class PromptReader:
         if hash == BLANK_HASH:
             return self._blank
         if hash not in self._cache:
-            path = self._paths[hash]
-            del self._hashes[path]  # decode again: the file may have changed since
-            if self._hash(path) != hash:
-                raise LearnerError(f"image {path} changed while the run was using it")
+            seen = self._seen[hash]
+            del self._hashes[seen]  # decode again: the file may have changed since
+            if self._hash(seen) != hash:
+                raise LearnerError(f"image {seen.path} changed while the run was using it")
         self._cache.move_to_end(hash)
         return self._cache[hash]
 
-    def _hash(self, path: str) -> str:
-        if path not in self._hashes:
-            loaded = self._images.load(path)
-            self._hashes[path] = loaded.sha256
-            self._paths[loaded.sha256] = path
+    def _hashes_of(self, request: RolloutRequest) -> tuple[str, ...]:
+        return tuple(self._hash(_Seen(path, request.small)) for path in request.prompt.images)
+
+    def _hash(self, seen: _Seen) -> str:
+        if seen not in self._hashes:
+            loaded = (self._images.small if seen.small else self._images.load)(seen.path)
+            self._hashes[seen] = loaded.sha256
+            self._seen[loaded.sha256] = seen
             if loaded.sha256 not in self._cache:
                 self._keep(loaded.sha256, self._process(loaded.image))
-        return self._hashes[path]
+        return self._hashes[seen]
 
     def _keep(self, hash: str, image: ImageInputs) -> None:
         self._cache[hash] = image

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from conftest import Live
 from reference import request
+
+from medrl.learner.model import PromptReader
 
 pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="session")]
 
@@ -25,6 +28,13 @@ async def test_prompt_ids_and_image_hashes_equal_the_processors(
     grids = inputs["image_grid_thw"] if images else []
     visual = sum(int(grid.prod()) // 4 for grid in grids)  # 2x2 patches are merged into one token
     assert group.prompt_token_ids.count(live.reference.model.config.image_token_id) == visual
+
+
+async def test_a_small_image_is_the_one_a_learner_sees(live: Live) -> None:
+    group = await live.generate(replace(request(("0.png",)), small=True))
+    reader = PromptReader(str(live.folder), live.reference.images)
+    prompt = reader.read(group)  # or refuses
+    assert prompt.images == (live.reference.images.small("0.png").sha256,)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -131,6 +131,22 @@ def test_a_blank_has_the_size_and_visual_tokens_of_its_image_and_a_hash_of_its_o
     assert (patches[0] == patches[1]).all()
 
 
+@pytest.mark.parametrize("size", [(392, 392), (84, 84), (640, 100), (56, 56), (30, 2000)])
+def test_a_small_image_has_about_the_fewest_pixels_and_the_processor_leaves_it_alone(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    drawn(*size).save(tmp_path / "a.png")
+    images = store(tmp_path)
+    seen, small = images.load("a.png"), images.small("a.png")
+    assert small.image.size == (small.width, small.height)
+    assert images.min_pixels <= small.width * small.height <= 2 * images.min_pixels
+    assert small.sha256 == pixel_hash(small.image)
+    assert images.load("a.png") is seen
+    assert (small.sha256 == seen.sha256) == (small.image.size == seen.image.size)
+    (grid,) = Qwen2VLImageProcessor()(images=[small.image])["image_grid_thw"]
+    assert grid.tolist() == [1, small.height // 14, small.width // 14]
+
+
 def test_384_pixels_become_392_as_in_the_paper(tmp_path: Path) -> None:
     image = drawn(384, 384)
     image.save(tmp_path / "a.png")

@@ -53,6 +53,22 @@ def test_an_image_is_decoded_and_processed_once(
     assert store.decoded == decoded + 1
 
 
+def test_a_small_image_is_another_than_the_whole_one(
+    tiny_models: dict[str, Path], image_root: Path
+) -> None:
+    path = str(tiny_models["qwen2_vl"])
+    store = image_store(path, image_root)
+    reader = PromptReader(path, store)
+    whole = scored_group(reader, ("a.png",), seed=0, rewards=[0.0, 1.0]).group.request
+    prompts = [reader.inputs(one) for one in (whole, replace(whole, small=True), whole)]
+    assert [one.images for one in prompts] == [
+        (look("a.png").sha256,) for look in (store.load, store.small, store.load)
+    ]
+    tokens = [reader.image(one.images[0]).tokens for one in prompts]
+    assert tokens[0] == tokens[2] > tokens[1]
+    assert len(prompts[0].token_ids) - len(prompts[1].token_ids) == tokens[0] - tokens[1]
+
+
 def test_a_full_cache_drops_the_oldest_and_makes_it_again(
     tiny_models: dict[str, Path], image_root: Path
 ) -> None:
