@@ -35,7 +35,7 @@ def measure(options: Options) -> list[Case]:
 
 async def _cases(shape: str, options: Options) -> list[Case]:
     """Both systems are up all the while, and work in turns; one that waits is idle."""
-    ways = {shape: False} if options.short else {shape: False, RECOMPUTES.format(shape): True}
+    ways = {shape: False} | ({RECOMPUTES.format(shape): True} if shape == THINK else {})
     with TemporaryDirectory() as folder:
         config = make_config(options.folder.absolute(), Path(folder), SHAPES[shape].tokens)
         async with live_run(config) as run:
