@@ -31,7 +31,10 @@ def obey(completion, prompt):
     if (ORDERS / "broken").exists():
         raise LookupError("the lesion server is down")
     for order in ORDERS.glob("*.order"):
-        order.rename(order.with_suffix(".taken"))
+        try:
+            order.rename(order.with_suffix(".taken"))
+        except FileNotFoundError:
+            continue  # the other process of the pool has it
         order.with_suffix(".json").write_text(json.dumps([prompt.id, completion]))
         behave(order.stem, prompt)
         order.with_suffix(".returned").touch()
