@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import Live
-from reference import request
+from reference import MAX_PIXELS, request
 
+from medrl.data.images import ImageStore
 from medrl.learner.model import PromptReader
 
 pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="session")]
@@ -32,9 +33,10 @@ async def test_prompt_ids_and_image_hashes_equal_the_processors(
 
 async def test_a_small_image_is_the_one_a_learner_sees(live: Live) -> None:
     group = await live.generate(replace(request(("0.png",)), small=True))
-    reader = PromptReader(str(live.folder), live.reference.images)
-    prompt = reader.read(group)  # or refuses
-    assert prompt.images == (live.reference.images.small("0.png").sha256,)
+    root, processor = live.reference.images.root, live.reference.processor
+    store = ImageStore.for_model(root, processor.image_processor, MAX_PIXELS)
+    prompt = PromptReader(str(live.folder), store).read(group)  # or refuses
+    assert prompt.images == (store.small("0.png").sha256,) != (store.load("0.png").sha256,)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
