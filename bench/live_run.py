@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from medrl.actors.buffer import BufferState
 from medrl.cluster.interrupt import Interrupt
 from medrl.cluster.journal import Journal
 from medrl.cluster.placement import cluster, placed
@@ -25,8 +26,7 @@ class LiveRun:
         self._requests = requests
         self._parts = parts
         self._journal = Journal(config.run_dir)
-        self._state: Any = None
-        self.version = 0
+        self._state: BufferState | None = None  # after the last step
 
     async def begin(self) -> None:
         """Engines serve nothing before a receipt, the starting model included."""
@@ -35,14 +35,15 @@ class LiveRun:
 
     async def step(self) -> dict[str, Any]:
         """Rollout, rewards, update and push of one batch; its line of the journal."""
-        once = self.config.run.model_copy(update={"steps": self.version + 1})
+        version = self._state.version if self._state else 0
+        once = self.config.run.model_copy(update={"steps": version + 1})
         config = self.config.model_copy(update={"run": once})
         trainer = make_trainer(config, self._requests, self._parts, self._journal)
         if self._state:
             trainer.restore(self._state)
         self._journal.begin_step()
         await trainer.train(_nothing)
-        self._state, self.version = trainer.state(), trainer.version
+        self._state = trainer.state()
         line: dict[str, Any] = read_lines(self.config.run_dir / "metrics.jsonl")[-1]
         return line
 

@@ -107,17 +107,18 @@ class ImageStore:
 
     def small(self, path: str) -> LoadedImage:
         """The image at `path` with about as few pixels as the model takes. Raises `UserError`."""
-        seen = self.load(path)
-        size = fit(seen.width, seen.height, self.factor, self.min_pixels, 2 * self.min_pixels)
-        image = seen.image.resize(size, Image.Resampling.BICUBIC)
-        return LoadedImage(image=image, width=size[0], height=size[1], sha256=pixel_hash(image))
+        square = self.factor**2
+        most = min(2 * -(-self.min_pixels // square) * square, self.max_pixels)
+        return self._scaled(self.load(path).image, most)
 
     def _read(self, path: str) -> LoadedImage:
         try:
-            image = decode(locate(self.root, path))
-            size = fit(*image.size, self.factor, self.min_pixels, self.max_pixels)
+            return self._scaled(decode(locate(self.root, path)), self.max_pixels)
         except ImageProblem as problem:
             raise UserError(f"image {path!r} in {self.root}: {problem}") from problem
+
+    def _scaled(self, image: Image.Image, max_pixels: int) -> LoadedImage:
+        size = fit(*image.size, self.factor, self.min_pixels, max_pixels)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return LoadedImage(image=image, width=size[0], height=size[1], sha256=pixel_hash(image))

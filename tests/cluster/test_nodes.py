@@ -162,6 +162,7 @@ def test_nodes_arrive_and_leave_and_the_run_goes_on(
     assert "engine 1 joins" in out
     assert "engine 1 waits for room: asked for 1 CPUs, the cluster has 0 free of 2" in out
     assert "is given up" not in out
+    assert "without finishing a group" not in out
     deadline = time.monotonic() + GONE_WITHIN_S  # the cluster's, not the driver's: it does not wait
     while (left := nodes.groups_and_actors()) != ([], []) and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -147,6 +147,15 @@ def test_a_small_image_has_about_the_fewest_pixels_and_the_processor_leaves_it_a
     assert grid.tolist() == [1, small.height // 14, small.width // 14]
 
 
+@pytest.mark.parametrize(("least", "most"), [(1, 448 * 448), (3136, 3136), (3000, 4000)])
+def test_a_small_image_keeps_narrow_bounds(tmp_path: Path, least: int, most: int) -> None:
+    """A model may take images of any size, or the user allow hardly more than the model's least."""
+    drawn(392, 200).save(tmp_path / "a.png")
+    small = ImageStore(tmp_path, most, 28, min_pixels=least).small("a.png")
+    assert least <= small.width * small.height <= most
+    assert small.width * small.height <= 2 * max(least, 28 * 28)
+
+
 def test_384_pixels_become_392_as_in_the_paper(tmp_path: Path) -> None:
     image = drawn(384, 384)
     image.save(tmp_path / "a.png")
