@@ -71,11 +71,8 @@ class Supervisor:
         while True:
             if index in self._pool.up:
                 await self._see_it_leave(index)
-                continue
-            if rest := self._pool.fallen.get(index):
-                await rest.close()
-            await asyncio.sleep(self._pool.put_off(index))
-            await self._bring_back(index)
+            else:
+                await self._bring_back(index)
 
     async def _see_it_leave(self, index: int) -> None:
         while engine := self._pool.up.get(index):
@@ -102,6 +99,9 @@ class Supervisor:
 
     async def _bring_back(self, index: int) -> None:
         try:
+            if rest := self._pool.fallen.get(index):
+                await rest.close()
+            await asyncio.sleep(self._pool.put_off(index))
             engine = await self._start(index)
             if self._pool.serves_as_started:
                 await engine.resume(0)
