@@ -80,7 +80,7 @@ class Work:
     def patches(self) -> int:
         """Of one image."""
         (first, *_) = self.batch[0].group.image_hashes
-        return len(self.reader.image(first).pixels)
+        return int(self.reader.image(first).grid.prod())
 
     def seconds(self, run: Callable[[Work], object]) -> float:
         began = time.perf_counter()
@@ -109,7 +109,7 @@ class Work:
         logits = self.usual_model(
             input_ids=ids,
             mm_token_type_ids=(ids == self.reader.config.image_token_id).int(),
-            pixel_values=image.pixels.repeat(len(ids), 1),
+            pixel_values=image.pixels.to(ids.device).repeat(len(ids), 1),
             image_grid_thw=image.grid.repeat(len(ids), 1),
             logits_to_keep=completions.shape[1] + 1,
             use_cache=False,

@@ -93,6 +93,7 @@ class Imitator:
         """The prompts of `wanted`, those that are not `known` read now."""
 
         def read() -> dict[int, PromptInputs]:
+            self._reader.read_images(batch[i].request for i in wanted)
             return {i: known.get(i) or self._reader.inputs(batch[i].request) for i in wanted}
 
         return on_all_ranks(self._stepper, read)

@@ -6,10 +6,9 @@ sampled from. `Policy` wraps the model: rows in, log-probs and entropies of comp
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from medrl.configs.errors import LearnerError, UserError
 from medrl.learner import attention
 from medrl.learner.batch import BlankImage, PromptInputs, RowBatch
 from medrl.learner.head import LogProbHead
+from medrl.learner.images import ImageCache, ImageSource, seen_by
+from medrl.learner.levels import ImageProcessor
 from medrl.learner.vision import FeatureCache, ImageInputs, VisionEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -28,25 +29,6 @@ BLANK_HASH = "blank"
 """Stands for the hash of the image that only keeps the vision tower running."""
 
 _BLANK_SIDE = 32  # pixels; the processor scales it to the smallest image it knows
-
-
-class LoadedImage(Protocol):
-    """An image as `data.images.ImageStore` loads it."""
-
-    @property
-    def image(self) -> Any: ...
-    @property
-    def sha256(self) -> str: ...
-
-
-class ImageSource(Protocol):
-    """Decodes the image at a path relative to the image root."""
-
-    def load(self, path: str, /) -> LoadedImage: ...
-
-    def small(self, path: str, /) -> LoadedImage:
-        """With about as few pixels as the model takes."""
-        ...
 
 
 def read_config(path: str, *, trust: bool = False) -> Any:
@@ -68,15 +50,8 @@ def read_config(path: str, *, trust: bool = False) -> Any:
     return config
 
 
-class _Seen(NamedTuple):
-    """An image as a request has it seen."""
-
-    path: str
-    small: bool
-
-
 class PromptReader:
-    """Processor side of the model. An image is decoded and processed once, then cached."""
+    """Processor side of the model."""
 
     def __init__(
         self, path: str, images: ImageSource, *, cache_bytes: int = 4 * 2**30, trust: bool = False
@@ -86,18 +61,18 @@ class PromptReader:
 
         self.config: Any = read_config(path, trust=trust)
         self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
-        self._images = images
-        self._hashes: dict[_Seen, str] = {}
-        self._seen: dict[str, _Seen] = {}  # by hash
-        self._cache: OrderedDict[str, ImageInputs] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._bytes = 0  # of what is cached
+        process = ImageProcessor(self.processor.image_processor)
+        self.images = ImageCache(images, process, cache_bytes)
         self.forbidden = forbidden_token_ids(self.processor.tokenizer)
-        self._blank = self._process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
+        self._blank = process(Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE)))
         self.blank = BlankImage(
             hash=BLANK_HASH, token_id=self.config.image_token_id, tokens=self._blank.tokens
         )
         self._rope = _rope_index(self.config)
+
+    def read_images(self, requests: Iterable[RolloutRequest]) -> None:
+        """All at once, which is faster than one by one in `read` or `inputs`."""
+        self.images.read(seen for request in requests for seen in seen_by(request))
 
     def read(self, group: Group) -> PromptInputs:
         """Raises `LearnerError` where the prompt is not the one the engine sampled from."""
@@ -131,37 +106,10 @@ class PromptReader:
         """The processed image of a hash `read` has met."""
         if hash == BLANK_HASH:
             return self._blank
-        if hash not in self._cache:
-            seen = self._seen[hash]
-            del self._hashes[seen]  # decode again: the file may have changed since
-            if self._hash(seen) != hash:
-                raise LearnerError(f"image {seen.path} changed while the run was using it")
-        self._cache.move_to_end(hash)
-        return self._cache[hash]
+        return self.images.get(hash)
 
     def _hashes_of(self, request: RolloutRequest) -> tuple[str, ...]:
-        return tuple(self._hash(_Seen(path, request.small)) for path in request.prompt.images)
-
-    def _hash(self, seen: _Seen) -> str:
-        if seen not in self._hashes:
-            loaded = (self._images.small if seen.small else self._images.load)(seen.path)
-            self._hashes[seen] = loaded.sha256
-            self._seen[loaded.sha256] = seen
-            if loaded.sha256 not in self._cache:
-                self._keep(loaded.sha256, self._process(loaded.image))
-        return self._hashes[seen]
-
-    def _keep(self, hash: str, image: ImageInputs) -> None:
-        self._cache[hash] = image
-        self._bytes += image.pixels.nbytes
-        while self._bytes > self._cache_bytes and len(self._cache) > 1:
-            self._bytes -= self._cache.popitem(last=False)[1].pixels.nbytes
-
-    def _process(self, pil: Any) -> ImageInputs:
-        out = self.processor.image_processor(images=[pil], return_tensors="pt")
-        grid = out["image_grid_thw"][0]
-        tokens = int(grid.prod()) // self.processor.image_processor.merge_size**2
-        return ImageInputs(pixels=out["pixel_values"], grid=grid, tokens=tokens)
+        return tuple(self.images.hash(seen) for seen in seen_by(request))
 
     def _token_ids(self, text: str, images: list[ImageInputs]) -> list[int]:
         """As the processor does it, but for the image work: a placeholder a visual token."""

@@ -157,11 +157,14 @@ class Updater:
         self, batch: Sequence[ScoredGroup], parts: Sequence[_Part]
     ) -> dict[int, PromptInputs]:
         """The prompts of this rank's groups."""
-        mine = {row.group for part in parts for one in part.micro_batches for row in one.rows}
-        return on_all_ranks(
-            self._stepper,
-            lambda: {index: self._reader.read(batch[index].group) for index in sorted(mine)},
-        )
+        rows = [row for part in parts for one in part.micro_batches for row in one.rows]
+        mine = sorted({row.group for row in rows})
+
+        def read() -> dict[int, PromptInputs]:
+            self._reader.read_images(batch[index].group.request for index in mine)
+            return {index: self._reader.read(batch[index].group) for index in mine}
+
+        return on_all_ranks(self._stepper, read)
 
     def _images(self, rows: RowBatch) -> list[ImageInputs]:
         return read_images(self._stepper, self._reader, rows)

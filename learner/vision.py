@@ -11,17 +11,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Pixels(Protocol):
+    """[N, patch] float: a tensor, or what becomes one where it is needed (`learner.levels`)."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def to(self, device: torch.device, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInputs:
     """A processed image."""
 
-    pixels: Tensor  # [N, patch]
+    pixels: Pixels
     grid: Tensor  # [3] time, height, width in patches
     tokens: int  # visual tokens after merging
 
@@ -131,7 +140,7 @@ class VisionEncoder:
     def _run(self, images: Iterable[ImageInputs]) -> list[Features]:
         images, device = list(images), self._vlm.device
         encoded = self._vlm.model.get_image_features(
-            torch.cat([image.pixels for image in images]).to(device),
+            torch.cat([image.pixels.to(device) for image in images]),
             torch.stack([image.grid for image in images]).to(device),
             return_dict=True,
         )

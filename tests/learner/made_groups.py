@@ -117,7 +117,7 @@ def scored_group(
         sampling=Sampling(num_completions=size, max_tokens=16, temperature=temperature),
         seed=seed,
     )
-    loaded = [reader._images.load(path) for path in images]
+    loaded = [reader.images.source.load(path) for path in images]
     chat = render_chat(reader.processor, text, len(images))
     ids = reader.processor(text=[chat], images=[one.image for one in loaded] or None)["input_ids"][
         0

@@ -68,7 +68,7 @@ class Learner:
     def images(self, batch: Sequence[ScoredGroup]) -> list[int]:
         """Patches of each different image."""
         hashes = {hash for scored in batch for hash in scored.group.image_hashes}
-        return [len(self.reader.image(hash).pixels) for hash in hashes]
+        return [int(self.reader.image(hash).grid.prod()) for hash in hashes]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["text trained", "adapters in the text"])

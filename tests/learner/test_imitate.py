@@ -58,7 +58,7 @@ def plain_transformers(
     ids, labels, pixels, grids = [], [], [], []
     for example in batch:
         names = example.request.prompt.images
-        images = [reader._images.load(name).image for name in names]
+        images = [reader.images.source.load(name).image for name in names]
         chat = render_chat(reader.processor, example.request.text, len(names))
         out = reader.processor(text=[chat], images=images or None, return_tensors="pt")
         asked = out["input_ids"][0].tolist()

@@ -94,7 +94,7 @@ def test_two_files_swapped_on_disk_between_engine_and_learner_are_refused(
 def test_pixels_swapped_behind_right_hashes_stop_the_run_and_name_the_prompt(rank: Rank) -> None:
     """No hash can see this one: two images of as many patches, each where the other belongs."""
     batch = [rank.sampled(name, seed) for seed, name in enumerate((*NAMES, "a.png"))]
-    cache = rank.reader._cache
+    cache = rank.reader.images._kept
     one, other = (batch[place].group.image_hashes[0] for place in (0, 1))
     pixels = {one: cache[other].pixels, other: cache[one].pixels}
     for key, value in pixels.items():

@@ -21,7 +21,7 @@ from medrl.learner.update import Updater
 def plain_logprobs(vlm: Any, scored: ScoredGroup, reader: PromptReader) -> list[Tensor]:
     """[G][C] by transformers alone: its processor, its positions, its attention, no padding."""
     group = scored.group
-    images = [reader._images.load(path).image for path in group.request.prompt.images]
+    images = [reader.images.source.load(path).image for path in group.request.prompt.images]
     chat = render_chat(reader.processor, group.request.text, len(images))
     inputs = reader.processor(text=[chat], images=images or None, return_tensors="pt")
     inputs.pop("attention_mask")
@@ -175,7 +175,7 @@ def test_an_image_is_encoded_once_however_many_rows_show_it(
     chosen = settings(tiny_models["qwen2_vl"], image_root)
     Updater(PlainStepper(policy, reader), reader, chosen).update(batch, version=0)
     (image,) = {hash for scored in batch for hash in scored.group.image_hashes}
-    assert patches == [len(reader.image(image).pixels)]
+    assert patches == [int(reader.image(image).grid.prod())]
 
 
 def test_a_blank_image_changes_nothing(

@@ -146,7 +146,7 @@ def trl_result(
 def trl_row(one: ScoredGroup, reader: PromptReader) -> dict[str, Any]:
     return {
         "prompt": [{"role": "user", "content": one.group.request.text}],
-        "images": [reader._images.load(p).image for p in one.group.request.prompt.images],
+        "images": [reader.images.source.load(p).image for p in one.group.request.prompt.images],
     }
 
 
