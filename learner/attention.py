@@ -1,10 +1,13 @@
 """Attention of rows that share a prompt, in few calls a layer and without any change to a model.
 
-A row is [prompt, padded to T | c1, padded to C | ... | cS]. The first call is the prompt over
-itself, causal. The second is every completion over the prompt's keys and values and its own,
-causal; a long completion goes in blocks of queries, each over no later keys than it sees, for a
-kernel with a mask computes what it masks. Nothing else is visible, so each completion sees what it
+A row is [prompt, padded to T | c1, padded to C | ... | cS]. The prompt sees itself, causally; a
+completion's token sees the prompt and its own completion up to itself, and nothing else: what it
 would see in a row of its own.
+
+There are two ways to compute it. On the CPU `attention_cpu.py` does. Elsewhere, and where that
+kernel does not fit, SDPA does in two calls: the prompt over itself; every completion over the
+prompt's keys and values and its own, with a mask. A long completion goes in blocks of queries,
+each over no later keys than it sees, for a kernel with a mask computes what it masks.
 transformers' attention interface takes the function by name, and hands it the row's layout as a
 keyword argument of the model's forward.
 """
@@ -12,11 +15,14 @@ keyword argument of the model's forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from medrl.learner import attention_cpu
 
 NAME = "medrl_shared_prompt"
 """What `attn_implementation` calls it."""
@@ -29,24 +35,36 @@ BLOCK = 128
 """Completion tokens a call: what is computed in vain is half a block a token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """How rows are laid out, the same for all rows of a micro-batch."""
 
+    prompt_lengths: Tensor  # [B] without padding
     prompt: int  # T, padded
     slots: int  # S completions a row
-    visible: Tensor  # [B*S, 1, C, T+C] bool: what each completion's token may see
+    length: int  # C, padded
 
-    @classmethod
-    def of(cls, prompt_lengths: Tensor, prompt: int, slots: int, length: int) -> Layout:
-        """`prompt_lengths` [B] without padding; `prompt` T; `length` C, padded."""
-        device = prompt_lengths.device
-        inside = torch.arange(prompt, device=device)[None] < prompt_lengths[:, None]  # [B, T]
-        inside = inside[:, None, None].expand(-1, slots, length, -1)  # [B, S, C, T]
-        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    @cached_property
+    def inside(self) -> Tensor:
+        """[B, T] bool: what of the prompt is not padding."""
+        tokens = torch.arange(self.prompt, device=self.prompt_lengths.device)
+        return tokens[None] < self.prompt_lengths[:, None]
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """[B, 1, 1, T] -inf at padding of the prompt, 0 elsewhere. None: there is no padding."""
+        if self.inside.all():
+            return None
+        scores = torch.zeros_like(self.inside, dtype=torch.float32)
+        return scores.masked_fill(~self.inside, -torch.inf)[:, None, None]
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """[B*S, 1, C, T+C] bool: what each completion's token may see."""
+        inside = self.inside[:, None, None].expand(-1, self.slots, self.length, -1)  # [B, S, C, T]
+        own = torch.ones(self.length, self.length, dtype=torch.bool, device=inside.device).tril()
         own = own.expand(*inside.shape[:2], -1, -1)
-        visible = torch.cat([inside, own], dim=-1).flatten(0, 1)[:, None]
-        return cls(prompt=prompt, slots=slots, visible=visible)
+        return torch.cat([inside, own], dim=-1).flatten(0, 1)[:, None]
 
 
 def shared_prompt_attention(
@@ -63,6 +81,29 @@ def shared_prompt_attention(
     layout: Layout | None = options.get(LAYOUT)
     if layout is None:
         raise ValueError(f"attention {NAME!r} needs the keyword argument {LAYOUT!r}")
+    if dropout or not attention_cpu.takes(query, key, value):
+        return _masked(query, key, value, layout, dropout, scaling), None
+    attended = attention_cpu.attend(
+        query,
+        key,
+        value,
+        prompt=layout.prompt,
+        slots=layout.slots,
+        hidden=layout.hidden,
+        scale=scaling,
+    )
+    return attended, None
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """By SDPA, for any device."""
     repeats = query.shape[1] // key.shape[1]
     prompt = layout.prompt
     of_prompt = scaled_dot_product_attention(
@@ -84,7 +125,7 @@ def shared_prompt_attention(
     batch, heads, _, size = query.shape
     joined = of_completions.view(batch, layout.slots, heads, -1, size).transpose(1, 2)
     joined = joined.reshape(batch, heads, -1, size)
-    return torch.cat([of_prompt, joined], dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat([of_prompt, joined], dim=2).transpose(1, 2).contiguous()
 
 
 def _completions(

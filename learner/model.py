@@ -177,7 +177,12 @@ class Policy(nn.Module):
         `images`: one for every hash of `batch.images`.
         """
         encoded = self.vision.encode(batch.images, images) if images else None
-        layout = attention.Layout.of(batch.prompt_lengths, batch.prompt, batch.slots, batch.length)
+        layout = attention.Layout(
+            prompt_lengths=batch.prompt_lengths,
+            prompt=batch.prompt,
+            slots=batch.slots,
+            length=batch.length,
+        )
         hidden = self.vlm.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
