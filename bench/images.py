@@ -163,7 +163,7 @@ def engine_memory(folder: Path, names: Sequence[str]) -> dict[str, float]:
 def learner_memory(model: Path, folder: Path, names: Sequence[str]) -> dict[str, float]:
     """Of a rank's reader, and what it could not keep."""
     reader, store = _reader(model, folder, keeps=True)
-    return _epoch_and_some(names, lambda name: _prepare(reader, name), store)
+    return _epoch_and_some(names, lambda name: reader.inputs(_request(name)), store)
 
 
 def _epoch_and_some(
