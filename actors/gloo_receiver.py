@@ -3,10 +3,9 @@
 `register` is the entry point `vllm.general_plugins`: vLLM calls it in each process it starts, so
 that `weight_transfer_config = {"backend": "medrl_gloo"}` finds its class there.
 
-Two of the three traps of a sync are mended here (the third, stale caches, in `vllm_engine`):
-- each tensor's digest is taken as it arrived, for on CPUs vLLM's own checksums hash the empty
-  tensors that packing leaves behind;
-- a tied `lm_head` keeps a packed copy of its own on CPUs, which the reload forgets: packed anew.
+One of the three traps of a sync is mended here: each tensor's digest is taken as it arrived, for on
+CPUs vLLM's own checksums hash the empty tensors that packing leaves behind. (Stale packed weights:
+`loaders`; stale caches: `vllm_engine`.)
 """
 
 from __future__ import annotations
@@ -23,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 
+from medrl.actors.lane import Lane
 from medrl.actors.leftovers import name_shared_memory
+from medrl.actors.loaders import Loader, make_loader
 from medrl.actors.types import WeightMeta
-from medrl.actors.wire import broadcast, buffer_bytes, digest, open_gloo, split_buckets, views
+from medrl.actors.wire import buffer_bytes, digest, split_buckets, views
 
 BACKENDS = {
     "medrl_gloo": ("medrl.actors.gloo_receiver", "GlooReceiver"),
@@ -103,62 +103,43 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._digests: dict[str, str] = {}
-        self._reloading = False
+        self._loader: Loader | None = None  # made at the first update, which says what will come
 
     def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        if self._reloading:  # the last update broke off: forget the part that arrived
-            self._end_reload()
-        initialize_layerwise_reload(self.model)
-        self._reloading = True
+        """All is in `update_weights`, of which an update has one."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         info = self.parse_update_info(update_info)
         self._digests = {}
+        if self._loader is None:
+            self._loader = make_loader(self.model, self.model_config, self.device, info.weights)
+        self._loader.begin()
         self.receive_weights(info)
+        self._loader.end()
         path = Path(f"{info.digests_path}.{self.parallel_config.rank}")
         path.write_text(json.dumps(self._digests))
 
     def finish_weight_update(self) -> None:
-        self._end_reload()
-        self.repack_tied_head()
+        """See `start_weight_update`."""
 
     def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Take the digests of tensors that arrived, and hand them to the model."""
         for name, tensor in weights:
             self._digests[name] = digest(tensor)
-        self.model.load_weights(weights)
-
-    def repack_tied_head(self) -> None:
-        """Linear layers on CPUs multiply with a packed copy; the reload renews all but lm_head's
-        where it is tied, for its weight is loaded as the embedding's."""
-        if self.device.type != "cpu":
-            return
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-        for module in self.model.modules():
-            if isinstance(module, ParallelLMHead) and module.weight.numel():
-                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-    def _end_reload(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._reloading = False
+        assert self._loader is not None
+        self._loader.load(weights)
 
 
 class GlooReceiver(Receiver):
     """Takes packed buckets from rank 0: loads one while the next arrives."""
 
-    _group: ProcessGroupGloo | None = None
+    _lane: Lane | None = None
     _bucket_bytes = 0
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         self.shutdown()
         self._bucket_bytes = init_info.bucket_bytes
-        self._group = open_gloo(
+        self._lane = Lane(
             init_info.address,
             init_info.port,
             init_info.rank,
@@ -167,28 +148,28 @@ class GlooReceiver(Receiver):
         )
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        if (lane := self._lane) is None:
+            raise RuntimeError("receiving needs a transfer group")
         buckets = list(split_buckets(update_info.weights, self._bucket_bytes))
         with ThreadPoolExecutor(1, "medrl-receive") as receiver:
-            arriving = receiver.submit(self._take, 0, buckets[0])
+            arriving = receiver.submit(_take, lane, 0, buckets[0])
             for number, bucket in enumerate(buckets):
-                buffer = arriving.result()
+                slot = arriving.result()
                 if number + 1 < len(buckets):
-                    arriving = receiver.submit(self._take, number + 1, buckets[number + 1])
+                    arriving = receiver.submit(_take, lane, number + 1, buckets[number + 1])
                 names = [meta.name for meta in bucket]
-                self.load(list(zip(names, views(bucket, buffer), strict=True)))
+                self.load(list(zip(names, views(bucket, slot), strict=True)))
 
     def shutdown(self) -> None:
-        if self._group is not None:
-            self._group.shutdown()
-            self._group = None
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
 
-    def _take(self, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:
-        # A fresh buffer each: the reload keeps views until all of a layer's tensors are there.
-        buffer = torch.empty(buffer_bytes(bucket), dtype=torch.uint8)
-        if self._group is None:
-            raise RuntimeError("receiving needs a transfer group")
-        try:
-            broadcast(self._group, buffer)
-        except RuntimeError as error:
-            raise RuntimeError(f"bucket {number} from the learner: {error}") from error
-        return buffer
+
+def _take(lane: Lane, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:
+    slot = lane.slot(number, buffer_bytes(bucket))
+    try:
+        lane.pass_on(slot)
+    except RuntimeError as error:
+        raise RuntimeError(f"bucket {number} from the learner: {error}") from error
+    return slot

@@ -231,6 +231,7 @@ class SyncPlan:
     world_size: int  # 1 sender + engine workers (an engine has one a GPU, or one on the CPU)
     bucket_bytes: int
     timeout_s: float = 300.0  # longest wait for the group to form, and for any one collective
+    share_memory: bool = True  # gloo: where all are on one machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,9 +95,11 @@ def open_gloo(
     return ProcessGroupGloo(PrefixStore("medrl_sync", store), rank, world_size, timeout)
 
 
-def broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> None:
-    """Fill `buffer` on every rank with rank 0's. Raises `RuntimeError` past the group's timeout."""
-    work = group.broadcast(buffer, 0)  # type: ignore[attr-defined]
+def collective(group: ProcessGroupGloo | None, name: str, *arguments: Any) -> None:
+    """Call a collective of `group`, and wait. Raises `RuntimeError` past the group's timeout."""
+    if group is None:
+        raise RuntimeError("the transfer group is closed")
+    work = getattr(group, name)(*arguments)
     try:
         work.wait()
     finally:

@@ -14,7 +14,7 @@ import ray
 import torch
 from torch.distributed import ProcessGroupGloo
 
-from medrl.actors.wire import broadcast, digest, open_gloo
+from medrl.actors.wire import collective, digest, open_gloo
 from medrl.bench.facts import Count, Fact
 from medrl.cluster.loopback import ADDRESS
 
@@ -43,22 +43,16 @@ class Peer:
 
     def move(self) -> Seen:
         """Move all bytes, each another than the time before."""
-        if self._group is None:
-            raise ValueError("move before join")
         if self._rank == 0:
             self._buffer += 1
-        _meet(self._group)
+        collective(self._group, "barrier")
         began = time.perf_counter()
         for piece in torch.split(self._buffer, self._piece_bytes):
-            broadcast(self._group, piece)
-        _meet(self._group)
+            collective(self._group, "broadcast", piece, 0)
+        # A sender is done when its sockets have taken the last piece, not when that arrived.
+        collective(self._group, "barrier")
         seconds = time.perf_counter() - began
         return Seen(seconds=seconds, digest=digest(self._buffer))
-
-
-def _meet(group: ProcessGroupGloo) -> None:
-    """A sender is done when its sockets have taken the last piece, not when that arrived."""
-    group.barrier().wait()  # type: ignore[attr-defined]
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from medrl.learner import model as models
 from medrl.learner.batch import RowBatch
 from medrl.learner.checkpoint import LearnerState
 from medrl.learner.determinism import seed_process
+from medrl.learner.gathering import whole_on_first
 from medrl.learner.imitate import Imitator
 from medrl.learner.optimizer import adamw, gradient_norm
 from medrl.learner.settings import LearnerSettings
@@ -86,7 +86,7 @@ class DeepSpeedRank:
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
         self._files = _state_files(self._engine)
-        gather = self._gather if self._stage == 3 else None
+        gather = whole_on_first if self._stage == 3 else None
         self._source = (
             self._adapters.source(gather) if self._adapters else ModuleSource(policy.vlm, gather)
         )
@@ -117,6 +117,8 @@ class DeepSpeedRank:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
+        if plan.transport == "ipc" and self._stage == 3:  # every rank sends, to its own engine
+            self._source.gather = self._deepspeed.zero.GatheredParameters
         self._sender = open_sender(plan, self.rank, self._source)
 
     def send(self) -> Sent:
@@ -238,12 +240,6 @@ class DeepSpeedRank:
         """Not a method of this rank: DeepSpeed would keep it, with its partitioned load, alive."""
         if self._stage == 3:
             policy.vision.most = partial(_most_of_ranks, device=self.device)
-
-    def _gather(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[object]:
-        gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
-            parameters
-        )
-        return gathered
 
     def _state(self) -> LearnerState:
         return LearnerState.of(

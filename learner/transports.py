@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
-from torch.distributed import ProcessGroupGloo
 
+from medrl.actors.lane import Lane
 from medrl.actors.types import Sent, SyncPlan
-from medrl.actors.wire import broadcast, buffer_bytes, digest, num_bytes, open_gloo, views
+from medrl.actors.wire import buffer_bytes, digest, num_bytes, split_buckets, views
 from medrl.configs.errors import WeightSyncError
 from medrl.learner.weight_source import WeightSource
 
@@ -60,13 +60,20 @@ class GlooSender:
     def __init__(self, plan: SyncPlan, rank: int, source: WeightSource) -> None:
         self._plan = plan
         self._source = source
-        self._is_sender = rank == 0
-        self._group: ProcessGroupGloo | None = None
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2  # grown to the largest bucket
-        if not self._is_sender:
+        self._lane: Lane | None = None  # rank 0 alone has one
+        if rank:
             return
+        buckets = split_buckets(source.metadata(), plan.bucket_bytes)
         try:
-            self._group = open_gloo(plan.address, plan.port, 0, plan.world_size, plan.timeout_s)
+            self._lane = Lane(
+                plan.address,
+                plan.port,
+                0,
+                plan.world_size,
+                plan.timeout_s,
+                slot_bytes=max(map(buffer_bytes, buckets)),
+                share_memory=plan.share_memory,
+            )
         except RuntimeError as error:
             raise WeightSyncError(
                 f"sync: not all of {plan.world_size - 1} engine(s) joined the transfer group at "
@@ -85,47 +92,39 @@ class GlooSender:
         started = time.perf_counter()
         digests: dict[str, str] = {}
         failure: Exception | None = None
-        lane: list[Future[None]] = []
-        with ThreadPoolExecutor(1, "medrl-broadcast") as broadcaster:
+        lane = self._lane
+        leaving: list[Future[None]] = []
+        with ThreadPoolExecutor(1, "medrl-send") as thread:
             for number, (bucket, tensors) in enumerate(
                 self._source.buckets(self._plan.bucket_bytes)
             ):
-                if not self._is_sender or failure:
+                if lane is None or failure:
                     continue  # the other ranks gather on: leaving them alone would hang them
                 try:
                     if number >= 2:
-                        lane[number - 2].result()  # its buffer is about to be written over
-                    buffer = self._buffer(number, buffer_bytes(bucket))
+                        leaving[number - 2].result()
+                    slot = lane.slot(number, buffer_bytes(bucket))
                     for meta, tensor, view in zip(
-                        bucket, tensors, views(bucket, buffer), strict=True
+                        bucket, tensors, views(bucket, slot), strict=True
                     ):
                         view.copy_(tensor)
                         digests[meta.name] = digest(view)
-                    lane.append(broadcaster.submit(self._broadcast, number, buffer))
+                    leaving.append(thread.submit(self._pass_on, lane, number, slot))
                 except WeightSyncError as error:
                     failure = error
-            for sending in lane[-2:]:
+            for sending in leaving[-2:]:
                 failure = failure or sending.exception()  # type: ignore[assignment]
         if failure:
             raise failure
         return summary(self._source, digests, started)
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.shutdown()
-            self._group = None  # this, not the shutdown, closes the connections
+        if self._lane is not None:
+            self._lane.close()
 
-    def _buffer(self, number: int, size: int) -> torch.Tensor:
-        """Buckets take turns on two buffers."""
-        if self._buffers[number % 2].numel() < size:
-            self._buffers[number % 2] = torch.empty(size, dtype=torch.uint8)
-        return self._buffers[number % 2][:size]
-
-    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
-        if self._group is None:
-            raise WeightSyncError("sync: sending needs a transfer group")
+    def _pass_on(self, lane: Lane, number: int, slot: torch.Tensor) -> None:
         try:
-            broadcast(self._group, buffer)
+            lane.pass_on(slot)
         except RuntimeError as error:
             raise WeightSyncError(
                 f"sync: sending bucket {number} to {self._plan.world_size - 1} engine(s) failed: "

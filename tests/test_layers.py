@@ -46,6 +46,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
         "actors/vllm_calls.py",
         "actors/vllm_start.py",
         "actors/gloo_receiver.py",
+        "actors/loaders.py",
         "actors/gpu_receivers.py",
         "learner/gpu_senders.py",
     },

@@ -35,14 +35,13 @@ class Engine(VllmEngine):
             await self._llm.pause_generation(mode="wait", clear_cache=False)
 
     async def set_head_repacking(self, on: bool) -> None:
-        """Take the mend of a tied head's packed copy out, in vLLM's worker, or put it back."""
+        """Take the renewal of the head's packed copy out, in vLLM's worker, or put it back."""
 
         def switch(worker: object) -> None:
-            receiver = worker.weight_transfer_engine  # type: ignore[attr-defined]
-            if on:
-                receiver.__dict__.pop("repack_tied_head", None)
-            else:
-                receiver.repack_tied_head = lambda: None
+            from medrl.actors import loaders
+
+            shipped = loaders.__dict__.setdefault("shipped", loaders.pack_kept)
+            loaders.pack_kept = shipped if on else lambda model: None
 
         await self._llm.collective_rpc(switch)
 
@@ -51,7 +50,7 @@ class Live:
     """An engine, what it is compared with, and the sync that joins them."""
 
     def __init__(self, family: str, folder: Path, images: Path) -> None:
-        self.family, self.folder, self.tied = family, folder, TIED[family]
+        self.family, self.folder = family, folder
         self.image_names = draw_images(images)
         self.reference = Reference(folder, images)
         self.engine = Engine(

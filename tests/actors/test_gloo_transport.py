@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from medrl.actors.gloo_receiver import GlooReceiver
+from medrl.actors.lane import Lane
 from medrl.actors.types import Sent, SyncPlan, WeightMeta
 from medrl.actors.wire import (
     ALIGNMENT,
@@ -48,22 +49,31 @@ def module(seed: int = 0) -> nn.Module:
 
 
 class Loaded:
-    """Stands for vLLM's model: keeps what it is given, as views, until all has arrived."""
+    """A loader of no model: keeps what it is given."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self.tensors.update(weights)
+    def begin(self) -> None:
+        self.tensors = {}
+
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.tensors.update((name, tensor.clone()) for name, tensor in weights)
+
+    def end(self) -> None: ...
 
 
 def receiver() -> tuple[GlooReceiver, Loaded]:
     loaded = Loaded()
     config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0), model_config=None)
-    return GlooReceiver(None, config, torch.device("cpu"), loaded), loaded
+    one = GlooReceiver(None, config, torch.device("cpu"), None)
+    one._loader = loaded
+    return one, loaded
 
 
-def plan(engines: int, *, bucket_bytes: int = 256, timeout_s: float = 10.0) -> SyncPlan:
+def plan(
+    engines: int, *, bucket_bytes: int = 256, timeout_s: float = 10.0, share_memory: bool = True
+) -> SyncPlan:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,12 +84,13 @@ def plan(engines: int, *, bucket_bytes: int = 256, timeout_s: float = 10.0) -> S
         world_size=1 + engines,
         bucket_bytes=bucket_bytes,
         timeout_s=timeout_s,
+        share_memory=share_memory,
     )
 
 
 def join(one: GlooReceiver, agreed: SyncPlan, rank: int) -> None:
     info = asdict(agreed) | {"rank": rank}
-    info.pop("transport")
+    del info["transport"], info["share_memory"]
     one.init_transfer_engine(one.parse_init_info(info))
 
 
@@ -93,10 +104,16 @@ def update_info(weights: Sequence[WeightMeta], path: Path) -> dict[str, Any]:
 
 
 def transfer(
-    sent_from: nn.Module, folder: Path, *, bucket_bytes: int, kind: type[GlooSender] = GlooSender
+    sent_from: nn.Module,
+    folder: Path,
+    *,
+    bucket_bytes: int,
+    share_memory: bool = True,
+    kind: type[GlooSender] = GlooSender,
 ) -> tuple[Sent, list[Loaded], list[dict[str, str]]]:
     """From one sender to two receivers, twice: a group serves many pushes."""
-    agreed, source = plan(2, bucket_bytes=bucket_bytes), ModuleSource(sent_from)
+    agreed = plan(2, bucket_bytes=bucket_bytes, share_memory=share_memory)
+    source = ModuleSource(sent_from)
     pairs = [receiver(), receiver()]
     paths = [folder / "a.json", folder / "b.json"]
     with ThreadPoolExecutor(3) as threads:
@@ -106,6 +123,7 @@ def transfer(
         sender = kind(agreed, 0, source)
         for joined in joins:
             joined.result()
+        assert {one._lane.shares_memory for one, _ in pairs if one._lane} == {share_memory}
         for _ in range(2):
             sending = threads.submit(sender.send)
             receiving = [
@@ -123,10 +141,15 @@ def transfer(
     )
 
 
+@pytest.mark.parametrize("share_memory", [True, False])
 @pytest.mark.parametrize("bucket_bytes", [1, 256, 10**6], ids=["a tensor each", "some", "one"])
-def test_every_engine_gets_every_tensor_bit_for_bit(bucket_bytes: int, tmp_path: Path) -> None:
+def test_every_engine_gets_every_tensor_bit_for_bit(
+    bucket_bytes: int, share_memory: bool, tmp_path: Path
+) -> None:
     original = module()
-    sent, models, digests = transfer(original, tmp_path, bucket_bytes=bucket_bytes)
+    sent, models, digests = transfer(
+        original, tmp_path, bucket_bytes=bucket_bytes, share_memory=share_memory
+    )
     assert sent.tensors == 4
     assert sent.bytes == 3 * 2 + 35 * 4 + 1 * 2 + 40 * 33 * 4
     for loaded, received in zip(models, digests, strict=True):
@@ -139,9 +162,9 @@ def test_every_engine_gets_every_tensor_bit_for_bit(bucket_bytes: int, tmp_path:
 class FlipsOneBit(GlooSender):
     """Breaks the first byte of every bucket on its way."""
 
-    def _broadcast(self, number: int, buffer: torch.Tensor) -> None:
-        buffer[0] ^= 1
-        super()._broadcast(number, buffer)
+    def _pass_on(self, lane: Lane, number: int, slot: torch.Tensor) -> None:
+        slot[0] ^= 1
+        super()._pass_on(lane, number, slot)
 
 
 def test_one_flipped_bit_shows_in_that_tensors_digest_alone(tmp_path: Path) -> None:

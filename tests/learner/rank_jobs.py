@@ -43,10 +43,11 @@ class Tapped(DeepSpeedRank):
         return super().step(learning_rate)
 
     def values(self) -> dict[str, Tensor]:
+        """Whole on rank 0; elsewhere nothing, for nobody sends from there."""
         return {
             meta.name: tensor.clone()
             for metas, tensors in self._source.buckets(2**20)
-            for meta, tensor in zip(metas, tensors, strict=True)
+            for meta, tensor in zip(metas, () if self.rank else tensors, strict=not self.rank)
         }
 
 
@@ -152,6 +153,19 @@ def exported(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"logprobs": [rank.logprobs(one.group) for one in batch], "weights": rank.weights()}
 
 
+def gathered(ranks: Ranks) -> dict[str, Any]:
+    """Parameters after a step, by our gathering and by DeepSpeed's; and what ours leaves behind."""
+    rank = ranks.make(zero_stage=3, learning_rate=1e-2)
+    rank.update(mixed_batch(rank._reader))
+    named = dict(rank._policy.vlm.named_parameters())
+    before = {name: p.data.data_ptr() for name, p in named.items()}
+    ours = rank.values()
+    after = {name: p.data.data_ptr() for name, p in named.items()}
+    with rank._deepspeed.zero.GatheredParameters(list(named.values())):
+        theirs = {name: p.detach().clone() for name, p in named.items()}
+    return {"ours": ours, "deepspeed's": theirs, "as before": before == after}
+
+
 def refusal(ranks: Ranks) -> dict[str, Any]:
     """One rank meets a prompt it must refuse; the other has nothing to complain of."""
     rank = ranks.make(zero_stage=3)
@@ -216,6 +230,7 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     results["two updates"] = gradients(ranks, zero_stage=3, updates_per_batch=2)
     for stage in (1, 2, 3):
         results[f"bfloat16 {stage}"] = gradients(ranks, zero_stage=stage, dtype="bfloat16")
+    results["gathered"] = gathered(ranks)
     if ranks.world == 1:
         return results
     results["one group"] = gradients(ranks, groups=1, zero_stage=3)

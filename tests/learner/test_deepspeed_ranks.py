@@ -144,6 +144,17 @@ def test_an_export_loads_in_transformers_and_gives_the_same_logprobs(
     assert names == {name: tuple(p.shape) for name, p in policy.vlm.named_parameters()}
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_rank_0_gets_the_parameters_that_deepspeed_gathers(
+    world: int, results: dict[int, dict[str, Any]]
+) -> None:
+    found = results[world]["gathered"]
+    assert found["ours"].keys() == found["deepspeed's"].keys()
+    for name, tensor in found["deepspeed's"].items():
+        assert torch.equal(found["ours"][name], tensor), name
+    assert found["as before"]
+
+
 def test_a_batch_of_truncated_completions_alone_changes_nothing_and_the_ranks_go_on(
     results: dict[int, dict[str, Any]],
 ) -> None:

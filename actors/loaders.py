@@ -1,0 +1,287 @@
+"""How weights that arrived become what vLLM computes with. Runs in vLLM's process.
+
+On CPUs most of a sync is this. vLLM's layerwise reload makes every layer anew, in Python, and
+copies it twice before it packs it. `PlannedLoader` asks vLLM's own loaders once, of tensors without
+data, where each weight goes; from then on it copies it there and packs what vLLM packs. Where it
+does not know a layer, or a loader does more than copy, and on GPUs, `LayerwiseLoader` loads.
+
+One of the three traps of a sync is mended here: on CPUs a head keeps a packed copy beside its
+weight, and a tied one's weight is loaded as the embedding's, so no loader thinks of the copy
+(`pack_kept`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+from medrl.actors.types import WeightMeta
+
+KNOWN_METHODS = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+"""vLLM's `quant_method` of layers whose weights are copied and, at most, packed."""
+
+
+class Loader(Protocol):
+    """An update is `begin`, any number of `load`, `end`; one that broke off is begun again."""
+
+    def begin(self) -> None: ...
+
+    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """By name; the tensors may change once it returns."""
+        ...
+
+    def end(self) -> None: ...
+
+
+def make_loader(
+    model: Module, model_config: Any, device: torch.device, weights: Sequence[WeightMeta]
+) -> Loader:
+    """The quickest that is right for `model`, where every update brings `weights`."""
+    if device.type == "cpu" and (plan := record(model, weights)):
+        return PlannedLoader(model, plan)
+    return LayerwiseLoader(model, model_config, device)
+
+
+class LayerwiseLoader:
+    """vLLM's own reload."""
+
+    def __init__(self, model: Module, model_config: Any, device: torch.device) -> None:
+        self._model: Any = model
+        self._model_config = model_config
+        self._on_cpu = device.type == "cpu"
+        self._reloading = False
+
+    def begin(self) -> None:
+        if self._reloading:  # the last update broke off: forget the part that arrived
+            self.end()
+        initialize_layerwise_reload(self._model)
+        self._reloading = True
+
+    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        if self._on_cpu:  # it keeps tensors until all of a layer's are there
+            weights = [(name, tensor.clone()) for name, tensor in weights]
+        self._model.load_weights(weights)
+
+    def end(self) -> None:
+        finalize_layerwise_reload(self._model, self._model_config)
+        self._reloading = False
+        if self._on_cpu:
+            pack_kept(self._model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A parameter of vLLM's model. Its tensor is asked for anew each time: packing replaces it."""
+
+    layer: Module
+    name: str
+    shape: torch.Size  # before packing
+
+    def __hash__(self) -> int:
+        return hash((id(self.layer), self.name))
+
+    @property
+    def parameter(self) -> Parameter:
+        return self.layer.get_parameter(self.name)
+
+    @property
+    def is_packed(self) -> bool:
+        """vLLM computes with a packed copy alone, and keeps a parameter without elements."""
+        return not self.parameter.numel()
+
+    def pack(self, weight: Tensor) -> None:
+        """Make the packed copy anew. `weight`, of `shape`, is not kept."""
+        empty = self.parameter
+        whole = Parameter(weight.to(empty.dtype), requires_grad=False)
+        self.layer.register_parameter(self.name, whole)
+        dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+        self.layer.register_parameter(self.name, empty)  # this one knows its loader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Elements of a tensor, as `torch.as_strided` takes them."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # from the tensor's first element
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Part:
+        """Of a tensor that begins where `tensor`'s storage does."""
+        return cls(size=tensor.size(), stride=tensor.stride(), offset=int(tensor.storage_offset()))
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """Where a part of a weight goes."""
+
+    source: Part  # of the weight
+    place: Place
+    target: Part  # of the parameter
+
+    @property
+    def fills_place(self) -> bool:
+        return self.target.size == self.place.shape
+
+
+Plan = Mapping[str, Sequence[Copy]]
+"""By the weight's name."""
+
+
+class PlannedLoader:
+    """Copies weights to where vLLM's loaders would, and packs what vLLM packs."""
+
+    def __init__(self, model: Module, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+        self._copies = Counter(copy.place for copies in plan.values() for copy in copies)
+        self._outstanding: Counter[Place] = Counter()
+        self._gathered: dict[Place, Tensor] = {}  # of which parts are outstanding
+
+    def begin(self) -> None:
+        self._outstanding = self._copies.copy()
+        self._gathered = {}
+
+    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        with torch.no_grad():
+            for name, weight in weights:
+                for copy in self._plan[name]:
+                    self._load(copy, copy.source(weight))
+
+    def end(self) -> None:
+        pack_kept(self._model)
+
+    def _load(self, copy: Copy, weight: Tensor) -> None:
+        place = copy.place
+        if not place.is_packed:
+            copy.target(place.parameter).copy_(weight)
+        elif copy.fills_place:
+            place.pack(weight)
+        else:
+            gathered = self._gathered.get(place)
+            if gathered is None:
+                gathered = torch.empty(place.shape, dtype=place.parameter.dtype)
+                self._gathered[place] = gathered
+            copy.target(gathered).copy_(weight)
+            self._outstanding[place] -= 1
+            if not self._outstanding[place]:
+                place.pack(self._gathered.pop(place))
+
+
+def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:
+    """What `model.load_weights` does with each of `weights`; None where that is more than copies
+    that fill what is packed, or a layer is of another kind. Leaves the model as it was."""
+    methods = (getattr(layer, "quant_method", None) for layer in model.modules())
+    if not all(isinstance(method, KNOWN_METHODS) for method in methods):
+        return None
+    sources = {
+        meta.name: torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device="meta")
+        for meta in weights
+    }
+    try:
+        with _before_packing(model) as places, _Copies() as copies:
+            model.load_weights(list(sources.items()))  # type: ignore[operator]
+    except RuntimeError:  # it looks at numbers, and there are none
+        return None
+    names = {_storage(source): name for name, source in sources.items()}
+    plan: dict[str, list[Copy]] = {name: [] for name in sources}
+    for target, source in copies.made:
+        if _storage(source) not in names or _storage(target) not in places:
+            return None
+        plan[names[_storage(source)]].append(
+            Copy(source=Part.of(source), place=places[_storage(target)], target=Part.of(target))
+        )
+    return plan if _is_whole(plan) else None
+
+
+def pack_kept(model: Module) -> None:
+    """Pack anew the heads whose weight is kept beside its packed copy."""
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and layer.weight.numel():
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what is copied where, and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[tuple[Tensor, Tensor]] = []  # target, source
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if not func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.made.append((args[0], args[1]))
+        return args[0]
+
+
+@contextmanager
+def _before_packing(model: Module) -> Iterator[Mapping[int, Place]]:
+    """The model's parameters as its loaders want them, without data; by their storage."""
+    infos = {layer: get_layerwise_info(layer) for layer in model.modules()}
+    places = {}
+    try:
+        for layer, info in infos.items():
+            info.kernel_tensors = get_layer_params_buffers(layer)
+            info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+            restore_layer_on_meta(layer, info)
+            for name, parameter in layer.named_parameters(recurse=False):
+                places[_storage(parameter)] = Place(layer=layer, name=name, shape=parameter.shape)
+                if loader := getattr(parameter, "weight_loader", None):
+                    # A layerwise reload leaves its own loader there, which loads nothing after it.
+                    parameter.weight_loader = inspect.unwrap(loader)  # type: ignore[attr-defined]
+        yield places
+    finally:
+        for layer, info in infos.items():
+            if info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+            info.reset()
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tells storages without data from each other."""
+    where: int = tensor.untyped_storage()._cdata
+    return where
+
+
+def _is_whole(plan: Plan) -> bool:
+    """Every weight goes somewhere; what is packed is filled, and what is not has the same shape."""
+    filled: Counter[Place] = Counter()
+    for copies in plan.values():
+        for copy in copies:
+            filled[copy.place] += copy.target.size.numel()
+    return all(plan.values()) and all(
+        elements == place.shape.numel() if place.is_packed else place.parameter.shape == place.shape
+        for place, elements in filled.items()
+    )

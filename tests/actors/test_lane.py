@@ -1,0 +1,143 @@
+"""What rank 0 of a lane writes, the others read: in its memory or in their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from medrl.actors import lane
+from medrl.actors.lane import SLOTS, Lane
+
+SIZE = 4096  # bytes of a bucket
+RECEIVERS = 2
+
+
+def lanes(share_memory: bool = True, timeout_s: float = 10.0) -> list[Lane]:
+    """Joined, the sender first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(1 + RECEIVERS) as threads:
+        return list(
+            threads.map(
+                lambda rank: Lane(
+                    "127.0.0.1",
+                    port,
+                    rank,
+                    1 + RECEIVERS,
+                    timeout_s,
+                    slot_bytes=0 if rank else SIZE,
+                    share_memory=share_memory,
+                ),
+                range(1 + RECEIVERS),
+            )
+        )
+
+
+def send(sender: Lane, buckets: int) -> None:
+    """As senders do: bucket k is filled when bucket k - 2 was passed on."""
+    passing = []
+    with ThreadPoolExecutor(1) as thread:
+        for number in range(buckets):
+            if number >= 2:
+                passing[number - 2].result()
+            slot = sender.slot(number, SIZE)
+            slot.fill_(number)
+            passing.append(thread.submit(sender.pass_on, slot))
+
+
+def receive(receiver: Lane, buckets: int, work: Callable[[int], None]) -> list[set[int]]:
+    """As receivers do: the next bucket is asked for while one is worked on. What it held."""
+
+    def take(number: int) -> torch.Tensor:
+        slot = receiver.slot(number, SIZE)
+        receiver.pass_on(slot)
+        return slot
+
+    held = []
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(take, 0)
+        for number in range(buckets):
+            slot = coming.result()
+            if number + 1 < buckets:
+                coming = thread.submit(take, number + 1)
+            work(number)
+            held.append(set(slot.tolist()))
+    return held
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_a_bucket_stays_as_it_was_sent_until_all_are_done_with_it(share_memory: bool) -> None:
+    """However slow one of them is; the sender is as fast as it can be."""
+    joined, buckets = lanes(share_memory), 5 * SLOTS
+    paces = (lambda number: None, lambda number: time.sleep(0.01))
+    with ThreadPoolExecutor(1 + RECEIVERS) as threads:
+        sending = threads.submit(send, joined[0], buckets)
+        receiving = [
+            threads.submit(receive, one, buckets, pace)
+            for one, pace in zip(joined[1:], paces, strict=True)
+        ]
+        sending.result()
+        for one in receiving:
+            assert one.result() == [{number} for number in range(buckets)]
+    assert {one.shares_memory for one in joined} == {share_memory}
+
+
+def test_all_read_the_senders_own_memory() -> None:
+    sender, *receivers = lanes()
+    sender.slot(1, SIZE).fill_(7)
+    assert [one.slot(1, SIZE)[0].item() for one in receivers] == [7] * RECEIVERS
+
+
+@pytest.mark.parametrize("what", ["no such file", "another file", "another's memory"])
+def test_where_one_cannot_map_it_all_get_broadcasts(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container of its own, or another machine, where that path means something else."""
+    mine = os.memfd_create(lane._NAME if what == "another's memory" else "other")
+    os.ftruncate(mine, SLOTS * SIZE)
+    path = "/proc/none" if what == "no such file" else f"/proc/self/fd/{mine}"
+    mapped, asked = lane._Offer.mapped, iter(range(10))
+
+    def somewhere_else(offer: lane._Offer) -> torch.Tensor | None:
+        here = offer if next(asked) else replace(offer, path=path)  # for the first that asks
+        return mapped(here)
+
+    monkeypatch.setattr(lane._Offer, "mapped", somewhere_else)
+    joined = lanes()
+    assert not any(one.shares_memory for one in joined)
+    joined[0].slot(0, SIZE).fill_(5)
+    with ThreadPoolExecutor(1 + RECEIVERS) as threads:
+        list(threads.map(lambda one: one.pass_on(one.slot(0, SIZE)), joined))
+    assert [one.slot(0, SIZE)[-1].item() for one in joined] == [5] * 3
+    os.close(mine)
+
+
+def test_no_file_stays_open() -> None:
+    """The memory lives as long as one of them maps it, and nothing else keeps it."""
+    joined = lanes()
+    names = [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if link.is_symlink()]
+    assert not [name for name in names if lane._NAME in name]
+    for one in joined:
+        one.close()
+
+
+def test_a_sender_that_closes_ends_the_waiting_of_the_others() -> None:
+    sender, *receivers = lanes(timeout_s=60.0)
+    began = time.monotonic()
+    with ThreadPoolExecutor(RECEIVERS) as threads:
+        waiting = [threads.submit(one.pass_on, one.slot(0, SIZE)) for one in receivers]
+        sender.close()
+        for one in waiting:
+            with pytest.raises(RuntimeError):
+                one.result()
+    assert time.monotonic() - began < 30
+    with pytest.raises(RuntimeError, match="closed"):
+        sender.pass_on(sender.slot(0, SIZE))

@@ -1,0 +1,132 @@
+"""Weights get where vLLM's own loaders would put them, by plan where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from conftest import Live
+from reference import request
+from torch import Tensor, nn
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+from medrl.actors.loaders import PlannedLoader, record
+from medrl.actors.types import WeightMeta
+
+pytestmark = pytest.mark.engines
+with_engines = pytest.mark.asyncio(loop_scope="session")
+
+
+async def loader_of(live: Live, forget: bool = False, layerwise: bool = False) -> str:
+    """The name of its class, in vLLM's worker; before that, perhaps, take it away."""
+
+    def ask(worker: object) -> str:
+        from medrl.actors.loaders import LayerwiseLoader
+
+        receiver = worker.weight_transfer_engine  # type: ignore[attr-defined]
+        if forget:
+            receiver._loader = None
+        if layerwise:
+            receiver._loader = LayerwiseLoader(
+                receiver.model, receiver.model_config, receiver.device
+            )
+        return type(receiver._loader).__name__
+
+    (name,) = await live.engine._llm.collective_rpc(ask)
+    return str(name)
+
+
+@with_engines
+async def test_every_family_is_loaded_by_plan(live: Live) -> None:
+    await live.push()
+    assert await loader_of(live) == PlannedLoader.__name__
+
+
+@with_engines
+async def test_vllms_own_reload_and_the_plan_give_the_same_model(live: Live) -> None:
+    """To the last bit; and a plan can be made after vLLM's reload, which leaves its marks."""
+    model, asked = live.reference.model, request(n=1, temperature=0.0)
+    live.reference.change("", 0.05)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        await loader_of(live, layerwise=True)
+        await live.push()
+        layerwise = await live.generate(asked)
+        await loader_of(live, forget=True)
+        live.reference.change("", 0.05)
+        await live.push()
+        other = await live.generate(asked)
+        model.load_state_dict(wanted)
+        await live.push()
+        planned = await live.generate(asked)
+    finally:
+        await loader_of(live, forget=True)
+    assert live.gap(planned) < 1e-4
+    assert [one.logprobs for one in planned.completions] == [
+        one.logprobs for one in layerwise.completions
+    ]
+    assert [one.logprobs for one in other.completions] != [
+        one.logprobs for one in layerwise.completions
+    ]
+
+
+class Model(nn.Module):
+    """Loads its one weight as it is told."""
+
+    def __init__(self, loader: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(4, 2), requires_grad=False)
+        self.kept.weight_loader = loader  # type: ignore[attr-defined]
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            self.kept.weight_loader(self.kept, weight)  # type: ignore[operator]
+
+
+SHAPE = WeightMeta(name="w", dtype="float32", shape=(2, 2))
+
+
+def lower_half(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data.narrow(0, 2, 2).copy_(weight.t())
+
+
+def test_a_weight_goes_where_the_loader_put_it_and_nowhere_else() -> None:
+    model = Model(lower_half)
+    plan = record(model, [SHAPE])
+    assert plan is not None
+    assert not model.kept.any()  # recording changes nothing
+    bucket = torch.arange(6.0)  # the weight is a view that begins later
+    loader = PlannedLoader(model, plan)
+    for _ in range(2):
+        loader.begin()
+        loader.load([("w", bucket[2:].view(2, 2))])
+        loader.end()
+    assert model.kept.tolist() == [[0, 0], [0, 0], [2, 4], [3, 5]]
+
+
+def doubled(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data[:2].copy_(2 * weight)
+
+
+def looked_at(parameter: Tensor, weight: Tensor) -> None:
+    if weight.max().item() > 0:
+        parameter.data[:2].copy_(weight)
+
+
+def replaced(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data = weight
+
+
+@pytest.mark.parametrize("loader", [doubled, looked_at, replaced])
+def test_what_is_more_than_a_copy_is_left_to_vllm(loader: Callable[..., None]) -> None:
+    model = Model(loader)
+    assert record(model, [SHAPE]) is None
+    assert model.kept.tolist() == [[0, 0]] * 4
+
+
+def test_a_layer_of_another_kind_is_left_to_vllm() -> None:
+    model = Model(lower_half)
+    model.quant_method = object()  # packs, scales or what not
+    assert record(model, [SHAPE]) is None
