@@ -15,8 +15,9 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ BACKENDS = {
 }
 
 
+_TRANSFER_THREADS = 2  # the learner's packing, and gloo's
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -148,8 +150,16 @@ class GlooReceiver(Receiver):
         )
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        if (lane := self._lane) is None:
+        if self._lane is None:
             raise RuntimeError("receiving needs a transfer group")
+        try:
+            with _threads_spared():
+                self._receive(self._lane, update_info)
+        except BaseException:
+            self.shutdown()  # else all others would wait for this one until their deadline
+            raise
+
+    def _receive(self, lane: Lane, update_info: UpdateInfo) -> None:
         buckets = list(split_buckets(update_info.weights, self._bucket_bytes))
         with ThreadPoolExecutor(1, "medrl-receive") as receiver:
             arriving = receiver.submit(_take, lane, 0, buckets[0])
@@ -164,6 +174,19 @@ class GlooReceiver(Receiver):
         if self._lane is not None:
             self._lane.close()
             self._lane = None
+
+
+@contextmanager
+def _threads_spared() -> Iterator[None]:
+    """Leave cores to those who send and move what is loaded: threads that compute side by side wait
+    for each other, so one that finds no core makes loading twice as slow, or ten times."""
+    threads = torch.get_num_threads()
+    # vLLM makes `torch.set_num_threads` do nothing, for it would undo the binding to cores.
+    torch._C.set_num_threads(max(1, threads - _TRANSFER_THREADS))
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(threads)
 
 
 def _take(lane: Lane, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:

@@ -50,8 +50,12 @@ class Lane:
         self._group: ProcessGroupGloo | None = open_gloo(address, port, rank, world_size, timeout_s)
         size = SLOTS * slot_bytes
         offering = _offering(size) if share_memory and not rank else nullcontext(_Offer(size=size))
-        with offering as offer:
-            offer, memory = self._agree(offer, world_size)
+        try:
+            with offering as offer:
+                offer, memory = self._agree(offer, world_size)
+        except BaseException:
+            self.close()  # else the others would wait until their deadline
+            raise
         self.shares_memory = memory is not None
         if memory is None:
             memory = torch.empty(offer.size, dtype=torch.uint8)

@@ -39,6 +39,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+from vllm.platforms import current_platform
 
 from medrl.actors.types import WeightMeta
 
@@ -62,7 +63,9 @@ def make_loader(
     model: Module, model_config: Any, device: torch.device, weights: Sequence[WeightMeta]
 ) -> Loader:
     """The quickest that is right for `model`, where every update brings `weights`."""
-    if device.type == "cpu" and (plan := record(model, weights)):
+    # zentorch may compute with the weight itself in place of a packed copy.
+    packs = device.type == "cpu" and not current_platform.is_zen_cpu()
+    if packs and (plan := record(model, weights)):
         return PlannedLoader(model, plan)
     return LayerwiseLoader(model, model_config, device)
 
@@ -83,8 +86,8 @@ class LayerwiseLoader:
         self._reloading = True
 
     def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        if self._on_cpu:  # it keeps tensors until all of a layer's are there
-            weights = [(name, tensor.clone()) for name, tensor in weights]
+        # It keeps tensors until all of a layer's are there; GPU transports make each anew.
+        weights = [(n, tensor.clone() if tensor.is_cpu else tensor) for n, tensor in weights]
         self._model.load_weights(weights)
 
     def end(self) -> None:
@@ -119,8 +122,10 @@ class Place:
         empty = self.parameter
         whole = Parameter(weight.to(empty.dtype), requires_grad=False)
         self.layer.register_parameter(self.name, whole)
-        dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
-        self.layer.register_parameter(self.name, empty)  # this one knows its loader
+        try:
+            dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+        finally:
+            self.layer.register_parameter(self.name, empty)  # this one knows its loader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +155,9 @@ class Copy:
 
     @property
     def fills_place(self) -> bool:
-        return self.target.size == self.place.shape
+        """As it is: nothing is cut, turned or repeated."""
+        whole = Part.of(torch.empty(self.place.shape, device="meta"))
+        return self.source == self.target == whole
 
 
 Plan = Mapping[str, Sequence[Copy]]
@@ -209,7 +216,7 @@ def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:
     try:
         with _before_packing(model) as places, _Copies() as copies:
             model.load_weights(list(sources.items()))  # type: ignore[operator]
-    except RuntimeError:  # it looks at numbers, and there are none
+    except Exception:  # it looks at numbers, say; what is wrong besides, vLLM's reload will tell
         return None
     names = {_storage(source): name for name, source in sources.items()}
     plan: dict[str, list[Copy]] = {name: [] for name in sources}
@@ -219,7 +226,7 @@ def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:
         plan[names[_storage(source)]].append(
             Copy(source=Part.of(source), place=places[_storage(target)], target=Part.of(target))
         )
-    return plan if _is_whole(plan) else None
+    return plan if _is_whole(plan) and not copies.more else None
 
 
 def pack_kept(model: Module) -> None:
@@ -230,11 +237,12 @@ def pack_kept(model: Module) -> None:
 
 
 class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what is copied where, and changes nothing."""
+    """Notes what is copied where, and whether more is done to it. Changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[tuple[Tensor, Tensor]] = []  # target, source
+        self.more = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -243,6 +251,8 @@ class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:
             self.made.append((args[0], args[1]))
+        elif func is not torch.ops.aten.fill_.Scalar:  # the padding's zeros are there already
+            self.more = True
         return args[0]
 
 

@@ -216,7 +216,8 @@ BENCHMARK = Benchmark(
         "cuts, a byte a pixel and channel, in at most 4 GiB, and looks up their numbers each time; "
         "engine: the store in an engine's process, which keeps pixels, in at most 1 GiB, "
         "and leaves the processor to vLLM. Beside it what a process has grown by after "
-        f"{MANY:,} images, and how many of these it has to decode again in the next epoch."
+        f"{MANY:,} images, and how many of these it has to decode again in the next epoch; the "
+        "numbers, which a step looks up and lets go, are not in it."
     ),
     measure=measure,
 )

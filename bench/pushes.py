@@ -18,7 +18,9 @@ _TIMEOUT_S = 120.0  # of any one phase of a sync
 class Pushes:
     """A learner's, to all engines of a pool; weights are float32 and travel over gloo."""
 
-    def __init__(self, learner: Learner, pool: EnginePool, requests: Requests) -> None:
+    def __init__(
+        self, learner: Learner, pool: EnginePool, requests: Requests, *, share_memory: bool = True
+    ) -> None:
         self.engines = len(pool.up)
         self.receipts: list[Receipt] = []
         self._learner, self._requests = learner, requests
@@ -29,6 +31,7 @@ class Pushes:
             canary=requests.canary(),
             max_gap=MAX_GAP["float32"],
             timeout_s=_TIMEOUT_S,
+            share_memory=share_memory,
         )
         self._sent: list[Sent] = []
         self._norms: list[float] = []

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from medrl.actors.pool import EnginePool
 from medrl.actors.wire import num_bytes
 from medrl.bench.frame import Benchmark, Case, Options, Target, paired
 from medrl.bench.pushes import Pushes
 from medrl.bench.raw_broadcast import Broadcasts, broadcasts
 from medrl.bench.records import ROOT
 from medrl.bench.shapes import SIZES
-from medrl.cluster.engines import Engines
 from medrl.cluster.interrupt import Interrupt
-from medrl.cluster.placement import Placement, cluster, placed
-from medrl.cluster.preflight import Checked, check_inputs
+from medrl.cluster.placement import cluster, placed
+from medrl.cluster.preflight import check_inputs
 from medrl.cluster.requests import requests_of
 from medrl.cluster.start import system
 from medrl.cluster.sync import BUCKET_BYTES
@@ -53,10 +49,7 @@ class Model:
     folder: Callable[[Path], Path]  # in a folder, where it is made once
     engines: Mapping[int, tuple[int, ...]]  # by ZeRO stage
     targets: Mapping[int, float]  # of the ratio, likewise
-
-    @property
-    def most_engines(self) -> int:
-        return max(map(max, self.engines.values()))
+    apart: tuple[int, ...] = ()  # engines to which it is moved by broadcasts too, at ZeRO 0
 
 
 def _make(name: str, sizes: Mapping[str, Any]) -> Callable[[Path], Path]:
@@ -83,6 +76,7 @@ MODELS = (
         folder=_make("medium", SIZES),
         engines={0: (1, 2, 4), 3: (1, 2)},
         targets={0: 0.5, 3: 0.3},
+        apart=(1, 2),
     ),
     Model(
         size="1 GB",
@@ -93,8 +87,9 @@ MODELS = (
 )
 
 
-def case_name(model: Model, stage: int, engines: int) -> str:
-    return f"{model.size}, ZeRO {stage}, {engines} engine{'s' * (engines > 1)}"
+def case_name(model: Model, stage: int, engines: int, *, apart: bool = False) -> str:
+    name = f"{model.size}, ZeRO {stage}, {engines} engine{'s' * (engines > 1)}"
+    return f"{name}, as between machines" if apart else name
 
 
 def measure(options: Options) -> list[Case]:
@@ -104,75 +99,55 @@ def measure(options: Options) -> list[Case]:
         phantoms.generate(data, train=64, test=32, seed=0)
     cases: list[Case] = []
     for model in MODELS[:1] if options.short else MODELS:
-        with TemporaryDirectory() as runs:
-            config = _config(model.folder(folder), data / "train", runs, model.most_engines)
-            cases += asyncio.run(_of_model(model, config, options.pairs))
+        path = model.folder(folder)
+        for stage, numbers in model.engines.items():
+            for engines in numbers:
+                with TemporaryDirectory() as runs:
+                    config = _config(path, data / "train", runs, stage, engines)
+                    cases += asyncio.run(_of_run(model, config, options.pairs))
     return cases
 
 
-def _config(model: Path, data: Path, runs: str, engines: int) -> Config:
-    ranks = max(RANKS.values())
+def _config(model: Path, data: Path, runs: str, stage: int, engines: int) -> Config:
     return Config(
         run=RunConfig(name="sync", dir=runs),
         model=ModelConfig(path=str(model)),
         data=DataConfig(train=str(data)),
         rollout=RolloutConfig(max_tokens=8, max_model_len=256),
-        learner=LearnerConfig(learning_rate=1e-4, schedule="constant"),
+        learner=LearnerConfig(learning_rate=1e-4, schedule="constant", zero_stage=stage),
         placement=PlacementConfig(
-            engines=engines, learners=ranks, device="cpu", cpus_per_process=0.1
+            engines=engines, learners=RANKS[stage], device="cpu", cpus_per_process=0.1
         ),
     )
 
 
-def _with_zero(config: Config, stage: int) -> Config:
-    learner = config.learner.model_copy(update={"zero_stage": stage})
-    placement = config.placement.model_copy(update={"learners": RANKS[stage]})
-    return config.model_copy(update={"learner": learner, "placement": placement})
-
-
-async def _of_model(model: Model, config: Config, pairs: int) -> list[Case]:
-    """Engines are started once, learner ranks once a ZeRO stage."""
+async def _of_run(model: Model, config: Config, pairs: int) -> list[Case]:
+    """Engines and ranks as a run with so many of them has them."""
     config.run_dir.mkdir()
     checked = check_inputs(config, config.model.path)
     requests = requests_of(config, checked.train)
+    stage, engines = config.learner.zero_stage, config.placement.max_engines
+    ways = [False, True] if stage == 0 and engines in model.apart else [False]
     cases = []
     with cluster(config.placement):
-        async with placed(config) as placement, _engines(config, checked, placement) as pool:
-            for stage, numbers in model.engines.items():
-                own = _with_zero(config, stage)
-                settings = {"learner ranks": RANKS[stage], "threads": placement.threads}
-                async with system(own, checked, placement, requests, Interrupt(), pool) as parts:
-                    for engines in numbers:
-                        name = case_name(model, stage, engines)
-                        pushes = Pushes(parts.learner, _first(pool, engines), requests)
-                        moving = broadcasts(
-                            sum(map(num_bytes, await parts.learner.weights())),
-                            BUCKET_BYTES["gloo"],
-                            receivers=engines,
-                            options=placement.reward_options(),
-                        )
-                        async with moving as raw:
-                            cases.append(await _case(name, pushes, raw, settings, pairs))
+        async with (
+            placed(config) as placement,
+            system(config, checked, placement, requests, Interrupt()) as parts,
+        ):
+            weights = await parts.learner.weights()
+            settings = {"learner ranks": RANKS[stage], "threads": placement.threads}
+            for apart in ways:
+                pushes = Pushes(parts.learner, parts.pool, requests, share_memory=not apart)
+                moving = broadcasts(
+                    sum(map(num_bytes, weights)),
+                    BUCKET_BYTES["gloo"],
+                    receivers=engines,
+                    options=placement.reward_options(),
+                )
+                async with moving as raw:
+                    name = case_name(model, stage, engines, apart=apart)
+                    cases.append(await _case(name, pushes, raw, settings, pairs))
     return cases
-
-
-@asynccontextmanager
-async def _engines(
-    config: Config, checked: Checked, placement: Placement
-) -> AsyncIterator[EnginePool]:
-    engines = Engines(config, checked, placement, config.model.path)
-    try:
-        yield await engines.start()
-    finally:
-        await engines.close()
-
-
-def _first(pool: EnginePool, engines: int) -> EnginePool:
-    """A pool of some of its engines."""
-    some = EnginePool()
-    for index, engine in islice(pool.up.items(), engines):
-        some.add(index, engine)
-    return some
 
 
 async def _case(
@@ -212,16 +187,18 @@ BENCHMARK = Benchmark(
     ours="sync",
     other="raw broadcast",
     text=(
-        "Seconds to move a new version of all weights over gloo, on one machine. Ours: a push as "
+        "Seconds to move a new version of all weights on one machine. Ours: a push as "
         "every step makes it, between real learner ranks and real engines, from the first call to "
         "the last answer: gathered (ZeRO 3, over two ranks), packed, loaded by vLLM, with digests "
-        "on both sides. Raw: one contiguous buffer of as many bytes, in pieces of a bucket's size, "
-        "to as many processes that do nothing with it. Before every push the learner makes a step "
-        "that changes all tensors; and all of the raw buffer changes. "
+        "on both sides; through memory that both sides map, or, `as between machines`, by "
+        "broadcasts over gloo. Raw: a broadcast over gloo of one contiguous buffer of as many "
+        "bytes, in pieces of a bucket's size, to as many processes that do nothing with it. Before "
+        "every push the learner makes a step that changes all tensors; and all of the raw buffer "
+        "changes. "
         f"{PAUSE}: how long the engines generate nothing, from pausing to resuming, the canary "
-        "included. Ours takes longer mostly for vLLM's loading, tensor by tensor in Python, and "
-        "its packing of linear layers for oneDNN, which alone moves 2 to 3 GB/s a core: no more "
-        "than the raw broadcast of all of it. More processes are at work than there are cores. "
+        "included. Four fifths of an engine's time are its packing of linear layers for oneDNN, "
+        "which alone moves 2 to 3 GB/s a core: no more than the raw broadcast of all of it. More "
+        "processes are at work than there are cores. "
         "1 GB to two engines from two ranks does not fit into 24 GiB."
     ),
     measure=measure,
@@ -230,6 +207,11 @@ BENCHMARK = Benchmark(
         for model in MODELS
         for stage, least in model.targets.items()
         for engines in model.engines[stage]
+    )
+    + tuple(
+        Target(case=case_name(model, 0, engines, apart=True), at_least=model.targets[0])
+        for model in MODELS
+        for engines in model.apart
     ),
     checked=False,  # engines and ranks alone take a minute to start
 )

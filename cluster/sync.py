@@ -70,10 +70,12 @@ class Sync:
         drain_timeout_s: float = 0.0,
         workers_per_engine: int = 1,
         bucket_bytes: int = 0,
+        share_memory: bool = True,
     ) -> None:
         """`canary`: greedy, a few tokens, with an image. `max_gap`: nats, see `MAX_GAP`.
         `timeout_s`: of any one phase; `drain_timeout_s`: of pausing, if that is more, for running
-        groups end first. `bucket_bytes`: 0 for the transport's `BUCKET_BYTES`."""
+        groups end first. `bucket_bytes`: 0 for the transport's `BUCKET_BYTES`. `share_memory`:
+        gloo, where learner and engines are on one machine."""
         self._pool = pool
         self._learner = learner
         self._transport = transport
@@ -83,6 +85,7 @@ class Sync:
         self._drain_timeout_s = max(timeout_s, drain_timeout_s)
         self._workers = workers_per_engine
         self._bucket_bytes = bucket_bytes or BUCKET_BYTES[transport]
+        self._share_memory = share_memory
         self._members: dict[int, Engine] = {}  # of the open transfer group; empty: none is open
         self._pushed: tuple[int, int] | None = None  # version and step of the last push
         self._failed: list[WeightSyncError] = []  # pushes in a row
@@ -202,6 +205,7 @@ class Sync:
             world_size=1 + len(members) * self._workers,
             bucket_bytes=self._bucket_bytes,
             timeout_s=self._timeout_s,
+            share_memory=self._share_memory,
         )
         joining: dict[int, Awaitable[None]] = {_LEARNER: self._learner.open_transfer(plan)}
         for rank, (index, engine) in enumerate(members.items(), start=1):

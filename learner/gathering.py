@@ -23,9 +23,11 @@ def whole_on_first(parameters: list[Parameter]) -> Iterator[None]:
     parts = [one.ds_tensor.data.flatten().view(torch.uint8) for one in partitioned]
     before = [one.data for one in partitioned]
     try:
+        pieces: tuple[Tensor, ...] = ()
         for one, pieces in zip(partitioned, _received(parts), strict=False):
             padded = torch.cat(pieces).view(one.dtype)
             one.data = padded[: one.ds_numel].view(one.ds_shape)
+        del pieces  # a view of it keeps all that a rank sent
         yield
     finally:
         for one, data in zip(partitioned, before, strict=True):

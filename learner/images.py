@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,8 @@ from medrl.actors.types import RolloutRequest
 from medrl.configs.errors import LearnerError
 from medrl.learner.vision import ImageInputs
 
-_THREADS = 8  # that decode; Pillow and hashlib let go of the interpreter's lock
+_THREADS = 4  # that decode; Pillow and hashlib let go of Python's lock
+_AT_ONCE = 2 * _THREADS  # decoded images held
 
 
 class LoadedImage(Protocol):
@@ -69,7 +70,7 @@ class ImageCache:
         `UserError` for a file that is no image, `LearnerError` for one that is another than it
         was."""
         absent = [one for one in dict.fromkeys(images) if self._hashes.get(one) not in self._kept]
-        for seen, loaded in zip(absent, self._threads.map(self._load, absent), strict=True):
+        for seen, loaded in self._loaded(absent):
             hash = loaded.sha256
             if self._hashes.setdefault(seen, hash) != hash:
                 raise LearnerError(f"image {seen.path} changed while the run was using it")
@@ -89,6 +90,12 @@ class ImageCache:
             self.read([self._seen[hash]])
         self._kept.move_to_end(hash)
         return self._kept[hash]
+
+    def _loaded(self, images: list[Seen]) -> Iterator[tuple[Seen, LoadedImage]]:
+        """In order; files are decoded side by side, few at a time."""
+        for start in range(0, len(images), _AT_ONCE):
+            some = images[start : start + _AT_ONCE]
+            yield from zip(some, self._threads.map(self._load, some), strict=True)
 
     def _load(self, seen: Seen) -> LoadedImage:
         return (self.source.small if seen.small else self.source.load)(seen.path)

@@ -37,8 +37,8 @@ class WeightSource(Protocol):
 class ModuleSource:
     """A `WeightSource` over a module under any ZeRO stage.
 
-    `gather` is `deepspeed.zero.GatheredParameters` under ZeRO 3: gathering a bucket of parameters
-    in one call moves 64 MiB as fast as one parameter. The default is for whole parameters.
+    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.whole_on_first`): a bucket
+    of them in one call, which moves 64 MiB as fast as one. The default is for whole parameters.
     """
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:

@@ -285,3 +285,28 @@ def test_a_gpu_buffers_handle_survives_being_json() -> None:
     )
     assert decode_ipc_handle(json.loads(json.dumps(encode_ipc_handle(arguments)))) == arguments
     hash(decode_ipc_handle(encode_ipc_handle(arguments)))  # vLLM keys its cache by it
+
+
+def test_an_engine_that_cannot_load_ends_the_send_at_once(tmp_path: Path) -> None:
+    """Not at the deadline: its process lives on, but it will ask for no more buckets."""
+
+    class Full(Loaded):
+        def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+            raise MemoryError("no room")
+
+    agreed, source = plan(1, bucket_bytes=1, timeout_s=60.0), ModuleSource(module())
+    one, _ = receiver()
+    one._loader = Full()
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as threads:
+        joining = threads.submit(join, one, agreed, 1)
+        sender = open_sender(agreed, 0, source)
+        joining.result()
+        receiving = threads.submit(
+            one.update_weights, update_info(source.metadata(), tmp_path / "x.json")
+        )
+        with pytest.raises(WeightSyncError, match="sending bucket"):
+            sender.send()
+        with pytest.raises(MemoryError, match="no room"):
+            receiving.result()
+    assert time.monotonic() - began < 30

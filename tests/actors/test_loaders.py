@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from reference import request
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from medrl.actors.loaders import PlannedLoader, record
+from medrl.actors.loaders import Copy, Part, Place, PlannedLoader, record
 from medrl.actors.types import WeightMeta
 
 pytestmark = pytest.mark.engines
@@ -119,11 +120,30 @@ def replaced(parameter: Tensor, weight: Tensor) -> None:
     parameter.data = weight
 
 
-@pytest.mark.parametrize("loader", [doubled, looked_at, replaced])
+def added_to(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data[:2].copy_(weight)
+    parameter.data.add_(1)
+
+
+def as_numpy(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data[:2].copy_(torch.from_numpy(weight.numpy()))
+
+
+@pytest.mark.parametrize("loader", [doubled, looked_at, replaced, added_to, as_numpy])
 def test_what_is_more_than_a_copy_is_left_to_vllm(loader: Callable[..., None]) -> None:
     model = Model(loader)
     assert record(model, [SHAPE]) is None
     assert model.kept.tolist() == [[0, 0]] * 4
+
+
+def test_a_weight_that_is_turned_is_not_packed_as_it_is() -> None:
+    """A square one, whose shape does not tell."""
+    weight = torch.empty(2, 2, device="meta")
+    place = Place(layer=nn.Module(), name="w", shape=weight.shape)
+    straight = Copy(source=Part.of(weight), place=place, target=Part.of(weight))
+    assert straight.fills_place
+    assert not replace(straight, source=Part.of(weight.t())).fills_place
+    assert not replace(straight, target=Part.of(weight.t())).fills_place
 
 
 def test_a_layer_of_another_kind_is_left_to_vllm() -> None:
