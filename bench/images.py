@@ -163,7 +163,7 @@ def engine_memory(folder: Path, names: Sequence[str]) -> dict[str, float]:
 def learner_memory(model: Path, folder: Path, names: Sequence[str]) -> dict[str, float]:
     """Of a rank's reader, and what it could not keep."""
     reader, store = _reader(model, folder, keeps=True)
-    return _epoch_and_some(names, lambda name: reader.inputs(_request(name)), store)
+    return _epoch_and_some(names, lambda name: _prepare(reader, name), store)
 
 
 def _epoch_and_some(
@@ -216,8 +216,7 @@ BENCHMARK = Benchmark(
         "cuts, a byte a pixel and channel, in at most 4 GiB, and looks up their numbers each time; "
         "engine: the store in an engine's process, which keeps pixels, in at most 1 GiB, "
         "and leaves the processor to vLLM. Beside it what a process has grown by after "
-        f"{MANY:,} images, and how many of these it has to decode again in the next epoch; the "
-        "numbers, which a step looks up and lets go, are not in it."
+        f"{MANY:,} images, and how many of these it has to decode again in the next epoch."
     ),
     measure=measure,
 )

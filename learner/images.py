@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from medrl.configs.errors import LearnerError
 from medrl.learner.vision import ImageInputs
 
 _THREADS = 4  # that decode; Pillow and hashlib let go of Python's lock
+_TRIM_EVERY = 16  # images read
 _AT_ONCE = 2 * _THREADS  # decoded images held
 
 
@@ -59,6 +61,7 @@ class ImageCache:
         self._seen: dict[str, Seen] = {}  # by hash
         self._kept: OrderedDict[str, ImageInputs] = OrderedDict()
         self._bytes = 0
+        self._read = 0
         self._threads = ThreadPoolExecutor(_THREADS, "image")
 
     @property
@@ -77,6 +80,11 @@ class ImageCache:
             self._seen[hash] = seen
             if hash not in self._kept:  # two files may show the same
                 self._keep(hash, self._process(loaded.image))
+            self._read += 1
+            if self._read % _TRIM_EVERY == 0:
+                # What stays of an image lies in the hole that its processing left, so the next
+                # needs a new one: three times the memory of what is kept was seen to be taken.
+                ctypes.CDLL(None).malloc_trim(0)
 
     def hash(self, seen: Seen) -> str:
         """Of an image that was read, or is now."""

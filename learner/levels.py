@@ -9,7 +9,6 @@ it does, and all of that is kept.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import Tensor
 from medrl.learner.vision import ImageInputs
 
 _CHANNELS, _LEVELS = 3, 256
-_OWN_PAGES = 128 * 1024  # bytes; at less there may be more images than the kernel has maps for
 _TRIAL_SIDE = 16  # visual tokens; at 28 pixels each a level is met 784 times in a channel
 
 
@@ -77,7 +75,11 @@ class ImageProcessor:
 
     def _compact(self, levels: Tensor, values: Tensor) -> Levels:
         frames = self._processor.temporal_patch_size
-        return Levels(levels=_to_stay(self._frame(levels)), values=values, frames=frames)
+        return Levels(
+            levels=self._frame(levels).clone(memory_format=torch.contiguous_format),
+            values=values,
+            frames=frames,
+        )
 
     def _table(self) -> Tensor | None:
         """[channels, 256], read from an image of noise; none where it does not give back, to the
@@ -99,12 +101,3 @@ class ImageProcessor:
         for some, want in zip(levels, wanted, strict=True):
             same &= torch.equal(self._compact(some, values).to(torch.device("cpu")), want)
         return values if every and same else None
-
-
-def _to_stay(levels: Tensor) -> Tensor:
-    """A copy in pages of its own. In the heap, what stays keeps apart the holes that larger tensors
-    leave, and these need new ones: eight times the memory was seen to be taken."""
-    if levels.nbytes < _OWN_PAGES:
-        return levels.clone(memory_format=torch.contiguous_format)
-    pages = mmap.mmap(-1, levels.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=levels.dtype).view(levels.shape).copy_(levels)

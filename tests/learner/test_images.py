@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from made_groups import (
@@ -18,8 +22,10 @@ from made_groups import (
     scored_group,
     settings,
 )
+from PIL import Image
 
 from medrl.configs.errors import LearnerError, UserError
+from medrl.data.images import ImageStore
 from medrl.learner.images import ImageCache, Seen
 from medrl.learner.imitate import Imitator
 from medrl.learner.model import PromptReader, load_policy
@@ -149,3 +155,33 @@ def test_a_bad_file_is_refused_before_any_step(
     with pytest.raises(LearnerError, match=r"image 'c\.png' in "):
         Updater(stepper, reader, settings(model, tmp_path / "images")).update(batch, version=0)
     assert stepper.forwards == stepper.steps == 0
+
+
+def grown(model: Path, folder: Path, images: int) -> tuple[int, int]:
+    """In a process of its own: bytes it has grown by for so many images, and bytes kept of them."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(model)
+    reader = PromptReader(str(model), ImageStore.for_model(folder, processor, 2**20, 0))
+    generator = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    before = 0
+    for number in range(images):
+        drawn = generator.integers(256, size=(336, 336, 3), dtype=np.uint8)
+        Image.fromarray(drawn).save(folder / "drawn.png", compress_level=0)
+        (folder / "drawn.png").rename(folder / f"{number}.png")
+        if number == 32:  # what all need is there by now
+            before = psutil.Process().memory_info().rss - reader.images.nbytes
+        seen = Seen(f"{number}.png", small=False)
+        reader.image(reader.images.hash(seen)).pixels.to(torch.device("cpu"))
+    return psutil.Process().memory_info().rss - before, reader.images.nbytes
+
+
+def test_a_process_grows_by_little_more_than_is_kept(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Not by the holes that processing leaves between images: that was three times as much."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        by, kept = process.submit(grown, tiny_models["qwen2_vl"], tmp_path, 400).result()
+    assert kept > 400 * 100_000
+    assert by < 1.5 * kept
