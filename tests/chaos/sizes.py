@@ -32,7 +32,7 @@ FULL_SIZE = Size(
     own={"equal": (), "noise": ()},
 )
 SHORT_SIZE = Size(
-    steps={"equal": 32, "noise": 30},
+    steps={"equal": 70, "noise": 40},
     prompts=4,
     held_out=0,
     images=32,
