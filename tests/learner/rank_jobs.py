@@ -261,6 +261,9 @@ def _main(
     torch.set_num_threads(1)
     results = jobs(Ranks(model, images, rank, world, port), out)
     torch.save(results, out / f"results_{rank}.pt")
+    # As Ray ends a rank: where Python ends itself, a thread of gloo's that still holds a tensor
+    # finds no interpreter, and aborts the process now and then.
+    os._exit(0)
 
 
 def run_ranks(
