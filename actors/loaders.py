@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -145,7 +146,7 @@ class Part:
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Copy:
     """Where a part of a weight goes."""
 
@@ -153,7 +154,7 @@ class Copy:
     place: Place
     target: Part  # of the parameter
 
-    @property
+    @cached_property
     def fills_place(self) -> bool:
         """As it is: nothing is cut, turned or repeated."""
         whole = Part.of(torch.empty(self.place.shape, device="meta"))

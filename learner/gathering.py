@@ -1,7 +1,7 @@
 """Whole parameters where ZeRO-3 has them in parts: on rank 0 alone, which is who sends and writes.
 
 DeepSpeed's `GatheredParameters` makes them whole on every rank, so each rank's bytes travel to all
-the others. A sync needs them once: 32 MiB took a third of the time between two ranks.
+the others. A sync needs them once.
 """
 
 from __future__ import annotations
