@@ -17,6 +17,7 @@ def test_a_gap_above_the_gate_stops_the_run_with_cause_and_checkpoint(
 ) -> None:
     """The gate is made so narrow that float32's own rounding is ten times above it."""
     overrides = ["run.name=gap", "run.steps=50", "data.test=''", "eval.every=0", "gap.mean=1e-9"]
+    overrides += ["placement.engines=1", "placement.learners=1"]
     process = medrl("train", config, *overrides, cwd=folder)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err[-3000:]

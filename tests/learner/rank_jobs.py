@@ -63,6 +63,9 @@ class Ranks:
 
     def make(self, **changes: Any) -> Tapped:
         gc.collect()  # the last rank's: how to load weights is a global of transformers'
+        # What is left are modules. DeepSpeed collects up to nine times as it builds a rank, and
+        # would go through them each time: half of these tests' seconds.
+        gc.freeze()
         return Tapped(
             self.settings(**changes),
             rank=self.rank,
