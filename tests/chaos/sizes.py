@@ -32,7 +32,7 @@ FULL_SIZE = Size(
     own={"equal": (), "noise": ()},
 )
 SHORT_SIZE = Size(
-    steps={"equal": 70, "noise": 40},
+    steps={"equal": 38, "noise": 32},
     prompts=4,
     held_out=0,
     images=32,

@@ -11,6 +11,9 @@ import pytest
 from plan import SHORT
 
 LONGEST_S = 840
+# Of its plan: no fault waits long while a run trains, so that all fall into few steps; the reward
+# actor dies while the engine is out.
+SEED = "1465"
 
 
 @pytest.mark.engines
@@ -20,7 +23,7 @@ def test_a_run_that_is_hurt_is_a_run_that_is_whole(tmp_path: Path) -> None:
     rewards that misbehave: nothing is lost, nothing trained twice, nothing left behind."""
     program, out = Path(__file__).with_name("soak.py"), tmp_path / "report.json"
     done = subprocess.run(
-        [sys.executable, program, "--short", "--seed", "1", "--out", out],
+        [sys.executable, program, "--short", "--seed", SEED, "--out", out],
         capture_output=True,
         text=True,
         timeout=LONGEST_S,
