@@ -32,7 +32,8 @@ train = "grpo"
 @pytest.fixture(scope="module")
 def experiment(folder: Path, config: Path) -> Path:
     path = folder / "experiment.toml"
-    path.write_text(config.read_text() + METHODS + "[sft]\nsteps = 3\nprompts = 4\n")
+    sizes = config.read_text().replace("learners = 2", "learners = 1")
+    path.write_text(sizes + METHODS + "[sft]\nsteps = 3\nprompts = 4\n")
     return path
 
 
