@@ -32,8 +32,7 @@ train = "grpo"
 @pytest.fixture(scope="module")
 def experiment(folder: Path, config: Path) -> Path:
     path = folder / "experiment.toml"
-    sizes = config.read_text().replace("learners = 2", "learners = 1")
-    path.write_text(sizes + METHODS + "[sft]\nsteps = 3\nprompts = 4\n")
+    path.write_text(config.read_text() + METHODS + "[sft]\nsteps = 3\nprompts = 4\n")
     return path
 
 

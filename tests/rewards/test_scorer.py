@@ -173,7 +173,7 @@ async def test_an_actor_that_dies_or_hangs_is_started_again_and_no_score_is_lost
 
     terms = (*CONFIG.terms, RewardTerm(use="hostile_rewards:slow"))
     config = CONFIG.model_copy(update={"terms": terms, "timeout_s": 60.0})
-    scorer, told = RayScorer(config, "no-think", heartbeat_s=5.0), []
+    scorer, told = RayScorer(config, "no-think", heartbeat_s=10.0), []
     scorer.tell = told.append
     group = group_of(make_prompt("C"))
     await scorer.score_group(group)
@@ -189,7 +189,7 @@ async def test_an_actor_that_dies_or_hangs_is_started_again_and_no_score_is_lost
         ("rewards", "returned"),
     ] * 2
     assert "died" in told[0].cause
-    assert "hangs: no answer to a ping within 5 s" in told[2].cause
+    assert "hangs: no answer to a ping within 10 s" in told[2].cause
     assert all(one.seconds > 0 for one in told[1::2])
     await scorer.close()
     assert await until(lambda: not marked(mark))
