@@ -15,9 +15,8 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from medrl.actors.lane import Lane
+from medrl.actors.lane import Lane, threads_spared
 from medrl.actors.leftovers import name_shared_memory
 from medrl.actors.loaders import Loader, make_loader
 from medrl.actors.types import WeightMeta
@@ -42,7 +41,6 @@ BACKENDS = {
 }
 
 
-_TRANSFER_THREADS = 2  # the learner's packing, and gloo's
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -149,12 +147,15 @@ class GlooReceiver(Receiver):
             init_info.timeout_s,
         )
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        with threads_spared():
+            super().update_weights(update_info)
+
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if self._lane is None:
             raise RuntimeError("receiving needs a transfer group")
         try:
-            with _threads_spared():
-                self._receive(self._lane, update_info)
+            self._receive(self._lane, update_info)
         except BaseException:
             self.shutdown()  # else all others would wait for this one until their deadline
             raise
@@ -174,19 +175,6 @@ class GlooReceiver(Receiver):
         if self._lane is not None:
             self._lane.close()
             self._lane = None
-
-
-@contextmanager
-def _threads_spared() -> Iterator[None]:
-    """Leave cores to those who send and move what is loaded: threads that compute side by side wait
-    for each other, so one that finds no core makes loading twice as slow, or ten times."""
-    threads = torch.get_num_threads()
-    # vLLM makes `torch.set_num_threads` do nothing, for it would undo the binding to cores.
-    torch._C.set_num_threads(max(1, threads - _TRANSFER_THREADS))
-    try:
-        yield
-    finally:
-        torch._C.set_num_threads(threads)
 
 
 def _take(lane: Lane, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:

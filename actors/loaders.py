@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,13 +49,18 @@ KNOWN_METHODS = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 """vLLM's `quant_method` of layers whose weights are copied and, at most, packed."""
 
 
+AT_ONCE = 2
+"""Weights at a time. They do not wait for each other, as threads that share one would: so the
+second takes what a core has left, and does no harm where there is none."""
+
+
 class Loader(Protocol):
     """An update is `begin`, any number of `load`, `end`; one that broke off is begun again."""
 
     def begin(self) -> None: ...
 
     def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        """By name; the tensors may change once it returns."""
+        """By name; the tensors may change once the next `load`, or `end`, returns."""
         ...
 
     def end(self) -> None: ...
@@ -67,7 +73,7 @@ def make_loader(
     # zentorch may compute with the weight itself in place of a packed copy.
     packs = device.type == "cpu" and not current_platform.is_zen_cpu()
     if packs and (plan := record(model, weights)):
-        return PlannedLoader(model, plan)
+        return PlannedLoader(model, plan, torch.get_num_threads())
     return LayerwiseLoader(model, model_config, device)
 
 
@@ -168,40 +174,67 @@ Plan = Mapping[str, Sequence[Copy]]
 class PlannedLoader:
     """Copies weights to where vLLM's loaders would, and packs what vLLM packs."""
 
-    def __init__(self, model: Module, plan: Plan) -> None:
+    def __init__(self, model: Module, plan: Plan, threads: int = 1) -> None:
+        """`threads`: what torch may compute with."""
         self._model, self._plan = model, plan
         self._copies = Counter(copy.place for copies in plan.values() for copy in copies)
         self._outstanding: Counter[Place] = Counter()
         self._gathered: dict[Place, Tensor] = {}  # of which parts are outstanding
+        self._filling: dict[Place, Future[None]] = {}  # by the last `load`
+        self._workers = ThreadPoolExecutor(
+            AT_ONCE,
+            "medrl-load",
+            initializer=torch._C.set_num_threads,
+            initargs=(max(1, threads // AT_ONCE),),
+        )
 
     def begin(self) -> None:
+        wait(self._filling.values())  # the last update may have broken off
+        self._filling = {}
         self._outstanding = self._copies.copy()
         self._gathered = {}
 
     def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        with torch.no_grad():
-            for name, weight in weights:
-                for copy in self._plan[name]:
-                    self._load(copy, copy.source(weight))
+        parts: dict[Place, list[tuple[Copy, Tensor]]] = {}
+        for name, weight in weights:
+            for copy in self._plan[name]:
+                parts.setdefault(copy.place, []).append((copy, weight))
+        before, self._filling = self._filling, {}
+        for place, mine in parts.items():
+            self._filling[place] = self._workers.submit(self._fill, place, mine, before.get(place))
+        for filling in before.values():
+            filling.result()
 
     def end(self) -> None:
+        for filling in self._filling.values():
+            filling.result()
         pack_kept(self._model)
 
-    def _load(self, copy: Copy, weight: Tensor) -> None:
+    @torch.no_grad()
+    def _fill(
+        self, place: Place, parts: Sequence[tuple[Copy, Tensor]], before: Future[None] | None
+    ) -> None:
+        """A place is one thread's at a time."""
+        if before is not None:
+            before.result()
+        for copy, weight in parts:
+            if not place.is_packed:
+                copy.target(place.parameter).copy_(copy.source(weight))
+            elif copy.fills_place:
+                place.pack(weight)
+            else:
+                self._gather(copy, weight)
+
+    def _gather(self, copy: Copy, weight: Tensor) -> None:
         place = copy.place
-        if not place.is_packed:
-            copy.target(place.parameter).copy_(weight)
-        elif copy.fills_place:
-            place.pack(weight)
-        else:
-            gathered = self._gathered.get(place)
-            if gathered is None:
-                gathered = torch.empty(place.shape, dtype=place.parameter.dtype)
-                self._gathered[place] = gathered
-            copy.target(gathered).copy_(weight)
-            self._outstanding[place] -= 1
-            if not self._outstanding[place]:
-                place.pack(self._gathered.pop(place))
+        gathered = self._gathered.get(place)
+        if gathered is None:
+            gathered = torch.empty(place.shape, dtype=place.parameter.dtype)
+            self._gathered[place] = gathered
+        copy.target(gathered).copy_(copy.source(weight))
+        self._outstanding[place] -= 1
+        if not self._outstanding[place]:
+            place.pack(self._gathered.pop(place))
 
 
 def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:

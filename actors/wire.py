@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch.distributed import (  # type: ignore[attr-defined]
     PrefixStore,
+    ProcessGroup,
     ProcessGroupGloo,
     TCPStore,
 )
@@ -36,7 +37,7 @@ def split_buckets(weights: Sequence[WeightMeta], bucket_bytes: int) -> Iterator[
     bucket: list[WeightMeta] = []
     size = 0
     for meta in weights:
-        added = _padded(num_bytes(meta))
+        added = padded(num_bytes(meta))
         if bucket and size + added > bucket_bytes:
             yield bucket
             bucket, size = [], 0
@@ -53,12 +54,12 @@ def views(bucket: Sequence[WeightMeta], buffer: torch.Tensor) -> Iterator[torch.
         size = num_bytes(meta)
         flat = buffer[start : start + size].view(getattr(torch, meta.dtype))
         yield flat.view(meta.shape)
-        start += _padded(size)
+        start += padded(size)
 
 
 def buffer_bytes(bucket: Sequence[WeightMeta]) -> int:
     """Size of the bucket's buffer, padding included."""
-    return sum(_padded(num_bytes(meta)) for meta in bucket)
+    return sum(padded(num_bytes(meta)) for meta in bucket)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -95,7 +96,7 @@ def open_gloo(
     return ProcessGroupGloo(PrefixStore("medrl_sync", store), rank, world_size, timeout)
 
 
-def collective(group: ProcessGroupGloo | None, name: str, *arguments: Any) -> None:
+def collective(group: ProcessGroup | ProcessGroupGloo | None, name: str, *arguments: Any) -> None:
     """Call a collective of `group`, and wait. Raises `RuntimeError` past the group's timeout."""
     if group is None:
         raise RuntimeError("the transfer group is closed")
@@ -122,5 +123,6 @@ def decode_ipc_handle(encoded: Sequence[Any]) -> tuple[Any, ...]:
     return (*head, torch.UntypedStorage, torch.uint8, *rest)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """`size` bytes and the room to the next tensor."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -35,7 +35,7 @@ from medrl.learner import model as models
 from medrl.learner.batch import RowBatch
 from medrl.learner.checkpoint import LearnerState
 from medrl.learner.determinism import seed_process
-from medrl.learner.gathering import whole_on_first
+from medrl.learner.gathering import WholeOnFirst
 from medrl.learner.imitate import Imitator
 from medrl.learner.optimizer import adamw, gradient_norm
 from medrl.learner.settings import LearnerSettings
@@ -46,7 +46,7 @@ from medrl.learner.vision import FeatureCache, ImageInputs
 from medrl.learner.weight_source import ModuleSource
 from medrl.learner.zero import partitioned_load, silence, zero_config, zero_stage
 
-_EXPORT_BUCKET_BYTES = 2**30
+_EXPORT_BUCKET_BYTES = 2**25
 _TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
 
 
@@ -86,7 +86,7 @@ class DeepSpeedRank:
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
         self._files = _state_files(self._engine)
-        gather = whole_on_first if self._stage == 3 else None
+        gather = WholeOnFirst() if self._stage == 3 else None
         self._source = (
             self._adapters.source(gather) if self._adapters else ModuleSource(policy.vlm, gather)
         )

@@ -37,7 +37,7 @@ class WeightSource(Protocol):
 class ModuleSource:
     """A `WeightSource` over a module under any ZeRO stage.
 
-    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.whole_on_first`): a bucket
+    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.WholeOnFirst`): a bucket
     of them in one call, which moves 64 MiB as fast as one. The default is for whole parameters.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medrl.actors import lane
+from medrl.actors import common_memory
 from medrl.actors.lane import SLOTS, Lane
 
 SIZE = 4096  # bytes of a bucket
@@ -54,14 +55,15 @@ def send(sender: Lane, buckets: int) -> None:
 
 
 def receive(receiver: Lane, buckets: int, work: Callable[[int], None]) -> list[set[int]]:
-    """As receivers do: the next bucket is asked for while one is worked on. What it held."""
+    """As receivers do: the next bucket is asked for while one is worked on, and the one before may
+    not be done with yet. What it held."""
 
     def take(number: int) -> torch.Tensor:
         slot = receiver.slot(number, SIZE)
         receiver.pass_on(slot)
         return slot
 
-    held = []
+    held, before = [], None
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(take, 0)
         for number in range(buckets):
@@ -69,8 +71,10 @@ def receive(receiver: Lane, buckets: int, work: Callable[[int], None]) -> list[s
             if number + 1 < buckets:
                 coming = thread.submit(take, number + 1)
             work(number)
-            held.append(set(slot.tolist()))
-    return held
+            if before is not None:
+                held.append(set(before.tolist()))
+            before = slot
+    return [*held, set(before.tolist())] if before is not None else held
 
 
 @pytest.mark.parametrize("share_memory", [True, False])
@@ -101,16 +105,16 @@ def test_where_one_cannot_map_it_all_get_broadcasts(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A container of its own, or another machine, where that path means something else."""
-    mine = os.memfd_create(lane._NAME if what == "another's memory" else "other")
+    mine = os.memfd_create(common_memory.NAME if what == "another's memory" else "other")
     os.ftruncate(mine, SLOTS * SIZE)
     path = "/proc/none" if what == "no such file" else f"/proc/self/fd/{mine}"
-    mapped, asked = lane._Offer.mapped, iter(range(10))
+    mapped, asked = common_memory.Offer.mapped, iter(range(10))
 
-    def somewhere_else(offer: lane._Offer) -> torch.Tensor | None:
+    def somewhere_else(offer: common_memory.Offer) -> torch.Tensor | None:
         here = offer if next(asked) else replace(offer, path=path)  # for the first that asks
         return mapped(here)
 
-    monkeypatch.setattr(lane._Offer, "mapped", somewhere_else)
+    monkeypatch.setattr(common_memory.Offer, "mapped", somewhere_else)
     joined = lanes()
     assert not any(one.shares_memory for one in joined)
     joined[0].slot(0, SIZE).fill_(5)
@@ -120,11 +124,19 @@ def test_where_one_cannot_map_it_all_get_broadcasts(
     os.close(mine)
 
 
+def test_where_there_is_no_such_memory_all_get_broadcasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")  # as under a limit on the size of files
+
+    monkeypatch.setattr(os, "ftruncate", refused)
+    assert not any(one.shares_memory for one in lanes())
+
+
 def test_no_file_stays_open() -> None:
     """The memory lives as long as one of them maps it, and nothing else keeps it."""
     joined = lanes()
     names = [os.readlink(link.path) for link in os.scandir("/proc/self/fd") if link.is_symlink()]
-    assert not [name for name in names if lane._NAME in name]
+    assert not [name for name in names if common_memory.NAME in name]
     for one in joined:
         one.close()
 

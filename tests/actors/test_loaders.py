@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,42 @@ def test_a_weight_goes_where_the_loader_put_it_and_nowhere_else() -> None:
         loader.load([("w", bucket[2:].view(2, 2))])
         loader.end()
     assert model.kept.tolist() == [[0, 0], [0, 0], [2, 4], [3, 5]]
+
+
+class Halves(nn.Module):
+    """Loads each of its weights into a half of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(2, 4), requires_grad=False)
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            self.kept.data[int(name)].copy_(weight)
+
+
+def test_a_weight_may_change_once_the_next_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before, for loading goes on meanwhile; and what breaks off leaves nothing behind."""
+    model = Halves()
+    plan = record(model, [WeightMeta(name=name, dtype="float32", shape=(4,)) for name in "01"])
+    assert plan is not None
+    loader, fill = PlannedLoader(model, plan), PlannedLoader._fill
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.1)
+        fill(*arguments)
+
+    monkeypatch.setattr(PlannedLoader, "_fill", late)
+    for number in (1.0, 2.0):
+        loader.begin()
+        first, second = torch.full((4,), number), torch.full((4,), -number)
+        loader.load([("0", first)])
+        loader.load([("1", second)])
+        first.fill_(9.0)
+        if number == 2.0:
+            loader.end()
+    assert model.kept.tolist() == [[2.0] * 4, [-2.0] * 4]
 
 
 def doubled(parameter: Tensor, weight: Tensor) -> None:

@@ -157,16 +157,24 @@ def exported(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def gathered(ranks: Ranks) -> dict[str, Any]:
-    """Parameters after a step, by our gathering and by DeepSpeed's; and what ours leaves behind."""
+    """Parameters after a step, by both ways of ours and by DeepSpeed's; what ours leaves behind."""
     rank = ranks.make(zero_stage=3, learning_rate=1e-2)
     rank.update(mixed_batch(rank._reader))
     named = dict(rank._policy.vlm.named_parameters())
     before = {name: p.data.data_ptr() for name, p in named.items()}
-    ours = rank.values()
+    gather: Any = rank._source.gather
+    ours, in_common = rank.values(), gather._slots is not None
+    gather._shares, gather._slots = False, None  # as on two machines
+    received = rank.values()
     after = {name: p.data.data_ptr() for name, p in named.items()}
     with rank._deepspeed.zero.GatheredParameters(list(named.values())):
         theirs = {name: p.detach().clone() for name, p in named.items()}
-    return {"ours": ours, "deepspeed's": theirs, "as before": before == after}
+    return {
+        "in common": in_common,
+        "ours": [ours, received],
+        "deepspeed's": theirs,
+        "as before": before == after,
+    }
 
 
 def refusal(ranks: Ranks) -> dict[str, Any]:
