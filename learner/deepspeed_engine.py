@@ -46,7 +46,7 @@ from medrl.learner.vision import FeatureCache, ImageInputs
 from medrl.learner.weight_source import ModuleSource
 from medrl.learner.zero import partitioned_load, silence, zero_config, zero_stage
 
-_EXPORT_BUCKET_BYTES = 2**25
+_EXPORT_BUCKET_BYTES = 2**24
 _TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
 
 
