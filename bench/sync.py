@@ -196,8 +196,8 @@ BENCHMARK = Benchmark(
         "every push the learner makes a step that changes all tensors; and all of the raw buffer "
         "changes. "
         f"{PAUSE}: how long the engines generate nothing, from pausing to resuming, the canary "
-        "included. Most of an engine's time is its packing of linear layers for oneDNN, which moves "
-        "2 to 3 GB/s a core. More processes are at work than there are cores. "
+        "included. Most of an engine's time is its packing of linear layers for oneDNN: 2 to "
+        "3 GB/s a core. More processes are at work than there are cores. "
         "1 GB to two engines from two ranks does not fit into 24 GiB."
     ),
     measure=measure,
