@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -82,15 +82,14 @@ class Offer:
 @contextmanager
 def _offering(size: int) -> Iterator[Offer]:
     """New memory of this process. Others can map it in the block; what is mapped stays."""
-    file = os.memfd_create(NAME)
-    try:
-        token = secrets.token_hex()
+    token = secrets.token_hex()
+    with ExitStack() as open_files:
         try:
+            file = os.memfd_create(NAME)
+            open_files.callback(os.close, file)
             os.ftruncate(file, size)
             os.pwrite(file, token.encode(), 0)
-        except OSError:  # a limit on the size of files counts here too
-            yield Offer(size=size)
-            return
-        yield Offer(size=size, path=f"/proc/{os.getpid()}/fd/{file}", token=token)
-    finally:
-        os.close(file)
+            offer = Offer(size=size, path=f"/proc/{os.getpid()}/fd/{file}", token=token)
+        except OSError:  # it may be forbidden, and a limit on the size of files counts here too
+            offer = Offer(size=size)
+        yield offer

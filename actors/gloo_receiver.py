@@ -131,7 +131,7 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc
 
 
 class GlooReceiver(Receiver):
-    """Takes packed buckets from rank 0: loads one while the next arrives."""
+    """Takes packed buckets from rank 0: the next arrives while the last are loaded."""
 
     _lane: Lane | None = None
     _bucket_bytes = 0

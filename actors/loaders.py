@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +69,8 @@ class Loader(Protocol):
 def make_loader(
     model: Module, model_config: Any, device: torch.device, weights: Sequence[WeightMeta]
 ) -> Loader:
-    """The quickest that is right for `model`, where every update brings `weights`."""
+    """The quickest that is right for `model`, where every update brings `weights`. On GPUs, whose
+    transports take a buffer back as soon as `load` returns, one that is done by then."""
     # zentorch may compute with the weight itself in place of a packed copy.
     packs = device.type == "cpu" and not current_platform.is_zen_cpu()
     if packs and (plan := record(model, weights)):
@@ -184,7 +185,7 @@ class PlannedLoader:
         self._workers = ThreadPoolExecutor(
             AT_ONCE,
             "medrl-load",
-            initializer=torch._C.set_num_threads,
+            initializer=_use_threads,
             initargs=(max(1, threads // AT_ONCE),),
         )
 
@@ -202,12 +203,10 @@ class PlannedLoader:
         before, self._filling = self._filling, {}
         for place, mine in parts.items():
             self._filling[place] = self._workers.submit(self._fill, place, mine, before.get(place))
-        for filling in before.values():
-            filling.result()
+        _finish(before.values())
 
     def end(self) -> None:
-        for filling in self._filling.values():
-            filling.result()
+        _finish(self._filling.values())
         pack_kept(self._model)
 
     @torch.no_grad()
@@ -235,6 +234,18 @@ class PlannedLoader:
         self._outstanding[place] -= 1
         if not self._outstanding[place]:
             place.pack(self._gathered.pop(place))
+
+
+def _use_threads(number: int) -> None:
+    torch.get_num_threads()  # else a thread's first computation takes another's number
+    torch._C.set_num_threads(number)
+
+
+def _finish(filling: Collection[Future[None]]) -> None:
+    """Return, or raise, when all are done."""
+    wait(filling)
+    for one in filling:
+        one.result()
 
 
 def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:

@@ -26,7 +26,7 @@ class WholeOnFirst:
     """A `weight_source.Gather` for parameters that DeepSpeed has partitioned over all ranks.
 
     In the block rank 0 has the `data` of these, which nobody may change; on other ranks they stay
-    as they are. A collective. On CPUs two buckets of memory stay mapped for the next call.
+    as they are. A collective. On CPUs two buckets of memory, of the largest so far, stay mapped.
     """
 
     def __init__(self) -> None:
@@ -68,6 +68,7 @@ class WholeOnFirst:
         one when it comes to the barrier of the next, and no rank writes there before."""
         self._shares = self._shares and device.type == "cpu"
         if self._shares and (self._slots is None or self._slots.shape[1] < size):
+            self._slots = None  # no view of it is alive
             memory = agree(
                 distributed.group.WORLD,
                 distributed.get_rank(),
@@ -75,7 +76,8 @@ class WholeOnFirst:
                 _SLOTS * size,
             ).memory
             self._shares = memory is not None
-            self._slots = None if memory is None else memory.view(_SLOTS, -1)
+            if memory is not None:
+                self._slots = memory.view(_SLOTS, -1)
         self._calls += 1
         return None if self._slots is None else self._slots[self._calls % _SLOTS]
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from medrl.actors.gloo_receiver import GlooReceiver
-from medrl.actors.lane import Lane
+from medrl.actors.lane import SLOTS, Lane
 from medrl.actors.types import Sent, SyncPlan, WeightMeta
 from medrl.actors.wire import (
     ALIGNMENT,
@@ -63,8 +63,24 @@ class Loaded:
     def end(self) -> None: ...
 
 
-def receiver() -> tuple[GlooReceiver, Loaded]:
-    loaded = Loaded()
+class LoadedLate(Loaded):
+    """Takes as long as a loader may: until the next bucket is handed over, and all of that time."""
+
+    def begin(self) -> None:
+        super().begin()
+        self._last: Sequence[tuple[str, torch.Tensor]] = ()
+
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        time.sleep(0.005)
+        super().load(self._last)
+        self._last = weights
+
+    def end(self) -> None:
+        super().load(self._last)
+
+
+def receiver(kind: type[Loaded] = Loaded) -> tuple[GlooReceiver, Loaded]:
+    loaded = kind()
     config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0), model_config=None)
     one = GlooReceiver(None, config, torch.device("cpu"), None)
     one._loader = loaded
@@ -110,11 +126,12 @@ def transfer(
     bucket_bytes: int,
     share_memory: bool = True,
     kind: type[GlooSender] = GlooSender,
+    loader: type[Loaded] = Loaded,
 ) -> tuple[Sent, list[Loaded], list[dict[str, str]]]:
     """From one sender to two receivers, twice: a group serves many pushes."""
     agreed = plan(2, bucket_bytes=bucket_bytes, share_memory=share_memory)
     source = ModuleSource(sent_from)
-    pairs = [receiver(), receiver()]
+    pairs = [receiver(loader), receiver(loader)]
     paths = [folder / "a.json", folder / "b.json"]
     with ThreadPoolExecutor(3) as threads:
         joins = [
@@ -157,6 +174,21 @@ def test_every_engine_gets_every_tensor_bit_for_bit(
         for name, parameter in original.named_parameters():
             assert loaded.tensors[name].dtype == parameter.dtype
             assert torch.equal(loaded.tensors[name], parameter)
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_a_slow_engine_gets_what_a_quick_one_gets(share_memory: bool, tmp_path: Path) -> None:
+    """Of more buckets than there is memory for."""
+    original = nn.Module()
+    for number in range(4 * SLOTS):
+        value = torch.full((3,), float(number))
+        original.register_parameter(f"w{number}", nn.Parameter(value))
+    _, models, _ = transfer(
+        original, tmp_path, bucket_bytes=1, share_memory=share_memory, loader=LoadedLate
+    )
+    for loaded in models:
+        for name, parameter in original.named_parameters():
+            assert torch.equal(loaded.tensors[name], parameter), name
 
 
 class FlipsOneBit(GlooSender):

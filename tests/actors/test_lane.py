@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from medrl.actors import common_memory
-from medrl.actors.lane import SLOTS, Lane
+from medrl.actors.lane import SLOTS, Lane, threads_spared
+from medrl.configs.errors import WeightSyncError
 
 SIZE = 4096  # bytes of a bucket
 RECEIVERS = 2
@@ -153,3 +154,19 @@ def test_a_sender_that_closes_ends_the_waiting_of_the_others() -> None:
     assert time.monotonic() - began < 30
     with pytest.raises(RuntimeError, match="closed"):
         sender.pass_on(sender.slot(0, SIZE))
+
+
+def test_threads_are_spared_and_given_back() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def fail() -> None:
+        seen.append(torch.get_num_threads())
+        raise WeightSyncError("broken off")
+
+    torch.set_num_threads(6)
+    try:
+        with pytest.raises(WeightSyncError), threads_spared():
+            fail()
+        assert [*seen, torch.get_num_threads()] == [4, 6]
+    finally:
+        torch.set_num_threads(before)

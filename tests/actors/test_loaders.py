@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import pytest
@@ -122,27 +124,58 @@ class Halves(nn.Module):
             self.kept.data[int(name)].copy_(weight)
 
 
-def test_a_weight_may_change_once_the_next_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not before, for loading goes on meanwhile; and what breaks off leaves nothing behind."""
+def loader_of_halves() -> tuple[Halves, PlannedLoader]:
     model = Halves()
     plan = record(model, [WeightMeta(name=name, dtype="float32", shape=(4,)) for name in "01"])
     assert plan is not None
-    loader, fill = PlannedLoader(model, plan), PlannedLoader._fill
+    return model, PlannedLoader(model, plan)
+
+
+def test_a_weight_may_change_once_the_next_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before, for loading goes on meanwhile."""
+    (model, loader), fill = loader_of_halves(), PlannedLoader._fill
 
     def late(*arguments: Any) -> None:
         time.sleep(0.1)
         fill(*arguments)
 
     monkeypatch.setattr(PlannedLoader, "_fill", late)
-    for number in (1.0, 2.0):
-        loader.begin()
-        first, second = torch.full((4,), number), torch.full((4,), -number)
-        loader.load([("0", first)])
-        loader.load([("1", second)])
-        first.fill_(9.0)
-        if number == 2.0:
-            loader.end()
-    assert model.kept.tolist() == [[2.0] * 4, [-2.0] * 4]
+    first, second = torch.full((4,), 1.0), torch.full((4,), 2.0)
+    loader.begin()
+    loader.load([("0", first)])
+    loader.load([("1", second)])
+    first.fill_(9.0)
+    loader.end()
+    assert model.kept.tolist() == [[1.0] * 4, [2.0] * 4]
+
+
+def test_an_update_that_broke_off_is_over_before_the_next_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (_, loader), fill, gate = loader_of_halves(), PlannedLoader._fill, Event()
+
+    def held(*arguments: Any) -> None:
+        assert gate.wait(30)
+        fill(*arguments)
+
+    monkeypatch.setattr(PlannedLoader, "_fill", held)
+    loader.begin()
+    loader.load([("0", torch.ones(4))])
+    with ThreadPoolExecutor(1) as threads:
+        beginning = threads.submit(loader.begin)
+        with pytest.raises(TimeoutError):
+            beginning.result(timeout=0.2)
+        gate.set()
+        beginning.result()
+
+
+@pytest.mark.parametrize("told_by", ["the next load", "the end"])
+def test_a_weight_that_cannot_be_loaded_ends_the_update(told_by: str) -> None:
+    _, loader = loader_of_halves()
+    loader.begin()
+    loader.load([("0", torch.ones(2))])
+    with pytest.raises(RuntimeError):
+        loader.load([("1", torch.ones(4))]) if told_by == "the next load" else loader.end()
 
 
 def doubled(parameter: Tensor, weight: Tensor) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 from made_groups import mixed_batch, settings
 from torch import Tensor
 
+from medrl.actors.common_memory import Offer
 from medrl.actors.types import ScoredGroup
 from medrl.configs.errors import CheckpointError, LearnerError
 from medrl.learner.deepspeed_engine import DeepSpeedRank
+from medrl.learner.gathering import WholeOnFirst
 from medrl.learner.settings import LearnerSettings
 
 STAGES = (0, 1, 2, 3)
@@ -177,6 +181,34 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def odd_parts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, Any]:
+    """Parameters that no number of ranks divides, in buckets that grow, and rank 0 is slow with
+    each. With `monkeypatch` the last rank is on another machine."""
+    if monkeypatch and ranks.rank == ranks.world - 1:
+        monkeypatch.setattr(Offer, "mapped", lambda offer: None)
+    gather, same = WholeOnFirst(), []
+    for seed, sizes in enumerate([(3,), (7, 5), (1, 11), (501, 9), (3, 8), (501,), (499,), (2,)]):
+        generator = torch.Generator().manual_seed(seed)
+        wholes = [torch.randn(3, size, generator=generator).bfloat16() for size in sizes]
+        parameters = [partitioned(whole, ranks) for whole in wholes]
+        with gather(parameters):
+            if not ranks.rank:
+                time.sleep(0.05)
+                pairs = zip(parameters, wholes, strict=True)
+                same += [one.data.equal(whole) for one, whole in pairs]
+    return {"same": same, "in common": gather._slots is not None}
+
+
+def partitioned(whole: Tensor, ranks: Ranks) -> torch.nn.Parameter:
+    """As DeepSpeed has it: this rank's part, the last one padded."""
+    size = -(-whole.numel() // ranks.world)
+    flat = torch.nn.functional.pad(whole.flatten(), (0, size * ranks.world - whole.numel()))
+    parameter: Any = torch.nn.Parameter(torch.empty(0, dtype=whole.dtype))
+    parameter.ds_tensor = flat[size * ranks.rank :][:size].clone()
+    parameter.ds_numel, parameter.ds_shape = whole.numel(), whole.shape
+    return parameter  # type: ignore[no-any-return]
+
+
 def refusal(ranks: Ranks) -> dict[str, Any]:
     """One rank meets a prompt it must refuse; the other has nothing to complain of."""
     rank = ranks.make(zero_stage=3)
@@ -242,6 +274,9 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     for stage in (1, 2, 3):
         results[f"bfloat16 {stage}"] = gradients(ranks, zero_stage=stage, dtype="bfloat16")
     results["gathered"] = gathered(ranks)
+    results["odd parts"] = odd_parts(ranks)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        results["odd parts apart"] = odd_parts(ranks, monkeypatch)
     if ranks.world == 1:
         return results
     results["one group"] = gradients(ranks, groups=1, zero_stage=3)

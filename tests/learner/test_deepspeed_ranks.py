@@ -157,6 +157,17 @@ def test_rank_0_gets_the_parameters_that_deepspeed_gathers(
     assert found["as before"]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_rank_0_gets_whole_what_other_ranks_write_ahead_of_it(
+    world: int, results: dict[int, dict[str, Any]]
+) -> None:
+    together, apart = results[world]["odd parts"], results[world]["odd parts apart"]
+    assert (together["in common"], apart["in common"]) == (True, False)
+    assert len(together["same"]) == len(apart["same"]) == 12
+    assert all(together["same"])
+    assert all(apart["same"])
+
+
 def test_a_batch_of_truncated_completions_alone_changes_nothing_and_the_ranks_go_on(
     results: dict[int, dict[str, Any]],
 ) -> None:
