@@ -7,7 +7,7 @@ of a parameter into memory that rank 0 sees, beside the others' (`actors.common_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -82,8 +82,8 @@ class WholeOnFirst:
         return None if self._slots is None else self._slots[self._calls % _SLOTS]
 
 
-def _received(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    mine = torch.cat(list(parts))
+def _received(parts: list[Tensor]) -> Iterator[Tensor]:
+    mine = torch.cat(parts)
     first = distributed.get_rank() == 0
     ranks = range(distributed.get_world_size())
     everyones = [torch.empty_like(mine) for _ in ranks] if first else None

@@ -136,7 +136,6 @@ def test_interrupted_it_stops_cleanly_and_resumes(folder: Path, config: Path) ->
     checkpoint it left is damaged before it resumes."""
     overrides = [
         "run.name=stopped",
-        "placement.engines=1",
         "rollout.staleness=1",
         "learner.importance_cap=2.0",
         "learner.kl_coefficient=0.04",
@@ -282,8 +281,9 @@ def test_the_same_job_on_a_cluster_by_ray_job_submit(
     wrong = submit("run.name=job", directory, "rollout.promts=3")
     assert "did you mean 'prompts'?" in wrong.stdout + wrong.stderr, wrong
     assert wrong.returncode != 0
-    small = ("run.steps=1", "eval.max_prompts=8", "placement.engines=1", "placement.learners=1")
-    done = submit("run.name=job", directory, *small, "placement.colocate=true")
+    done = submit(
+        "run.name=job", directory, "run.steps=1", "eval.max_prompts=8", "placement.colocate=true"
+    )
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     assert "succeeded" in done.stdout
     assert [line["step"] for line in read_lines(folder / "runs/job/metrics.jsonl")] == [1]
