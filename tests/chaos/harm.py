@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from stage import STOPPED, Died, Stage
 Harm = Callable[[Stage], str]
 
 SETTLED_S = 60.0  # longest wait for nobody to be out of service
+_LEFT_BYTES = 1 << 20  # of a disk that is full
 
 
 def send(number: int, title: str) -> Harm:
@@ -136,16 +138,27 @@ def fill_the_disk(stage: Stage) -> str:
     def failed() -> int:
         return stage.log.read_text().count("could not be written")
 
+    def full_and_failed() -> bool:
+        _fill(filler)  # again and again: checkpoints are written, and deleted, meanwhile
+        return failed() > before
+
     before = failed()
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     try:
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(0, free - (1 << 20)))
+        _fill(filler)
         stage.strike()
-        stage.wait(lambda: failed() > before, "a checkpoint that fails")
+        stage.wait(full_and_failed, "a checkpoint that fails")
     finally:
         filler.unlink(missing_ok=True)
     return "the checkpoints' file system, 1 MiB left"
+
+
+def _fill(filler: Path) -> None:
+    """Make it larger by all that is free, but for `_LEFT_BYTES`."""
+    with filler.open("ab") as file, contextlib.suppress(OSError):  # another was there first
+        room = os.fstatvfs(file.fileno())
+        free = room.f_bavail * room.f_frsize - _LEFT_BYTES
+        if free > 0:
+            os.posix_fallocate(file.fileno(), file.tell(), free)
 
 
 def order(action: str) -> Harm:
