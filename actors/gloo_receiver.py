@@ -123,11 +123,13 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc
         """See `start_weight_update`."""
 
     def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Take the digests of tensors that arrived, and hand them to the model."""
-        for name, tensor in weights:
-            self._digests[name] = digest(tensor)
+        """Hand tensors that arrived to the model. The thread that loads one takes its digest first:
+        then it is in that core's cache."""
         assert self._loader is not None
-        self._loader.load(weights)
+        self._loader.load(weights, self._note)
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        self._digests[name] = digest(tensor)
 
 
 class GlooReceiver(Receiver):
@@ -148,19 +150,17 @@ class GlooReceiver(Receiver):
         )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        with threads_spared():
-            super().update_weights(update_info)
-
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        if self._lane is None:
-            raise RuntimeError("receiving needs a transfer group")
         try:
-            self._receive(self._lane, update_info)
+            with threads_spared():
+                super().update_weights(update_info)
         except BaseException:
             self.shutdown()  # else all others would wait for this one until their deadline
             raise
 
-    def _receive(self, lane: Lane, update_info: UpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        lane = self._lane
+        if lane is None:
+            raise RuntimeError("receiving needs a transfer group")
         buckets = list(split_buckets(update_info.weights, self._bucket_bytes))
         with ThreadPoolExecutor(1, "medrl-receive") as receiver:
             arriving = receiver.submit(_take, lane, 0, buckets[0])

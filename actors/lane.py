@@ -27,9 +27,11 @@ _BESIDE = 2  # threads: gloo's, and one of the other end's
 
 
 class Lane:
-    """An open group. The others get what rank 0 passes on, in its order.
+    """An open group. The others get what rank 0 passes on, in its order. Rank 0 may begin to send
+    anew once all others are done with what they got last: where memory is common it writes there.
 
-    Whatever takes longer than `timeout_s` raises `RuntimeError`: joining, and passing on."""
+    Whatever takes longer than `timeout_s` raises `RuntimeError`: each step of joining, and passing
+    on."""
 
     def __init__(
         self,

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,11 @@ KNOWN_METHODS = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 
 
 AT_ONCE = 2
-"""Weights at a time. They do not wait for each other, as threads that share one would: so the
-second takes what a core has left, and does no harm where there is none."""
+"""Threads that load. They do not wait for each other, as threads that share a computation would: so
+the second takes what a core has left, and does no harm where there is none."""
+
+Note = Callable[[str, Tensor], None]
+"""Is told of a weight by name, once, in whatever thread is about to load it."""
 
 
 class Loader(Protocol):
@@ -59,7 +62,7 @@ class Loader(Protocol):
 
     def begin(self) -> None: ...
 
-    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Sequence[tuple[str, Tensor]], note: Note) -> None:
         """By name; the tensors may change once the next `load`, or `end`, returns."""
         ...
 
@@ -69,8 +72,7 @@ class Loader(Protocol):
 def make_loader(
     model: Module, model_config: Any, device: torch.device, weights: Sequence[WeightMeta]
 ) -> Loader:
-    """The quickest that is right for `model`, where every update brings `weights`. On GPUs, whose
-    transports take a buffer back as soon as `load` returns, one that is done by then."""
+    """The quickest that is right for `model`, where every update brings `weights`."""
     # zentorch may compute with the weight itself in place of a packed copy.
     packs = device.type == "cpu" and not current_platform.is_zen_cpu()
     if packs and (plan := record(model, weights)):
@@ -93,7 +95,9 @@ class LayerwiseLoader:
         initialize_layerwise_reload(self._model)
         self._reloading = True
 
-    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Sequence[tuple[str, Tensor]], note: Note) -> None:
+        for name, tensor in weights:
+            note(name, tensor)
         # It keeps tensors until all of a layer's are there; GPU transports make each anew.
         weights = [(n, tensor.clone() if tensor.is_cpu else tensor) for n, tensor in weights]
         self._model.load_weights(weights)
@@ -121,6 +125,11 @@ class Place:
         return self.layer.get_parameter(self.name)
 
     @property
+    def whole(self) -> Part:
+        """All of it, as the loaders see it."""
+        return Part.of(torch.empty(self.shape, device="meta"))
+
+    @property
     def is_packed(self) -> bool:
         """vLLM computes with a packed copy alone, and keeps a parameter without elements."""
         return not self.parameter.numel()
@@ -128,6 +137,8 @@ class Place:
     def pack(self, weight: Tensor) -> None:
         """Make the packed copy anew. `weight`, of `shape`, is not kept."""
         empty = self.parameter
+        # Frees the old copy, whose memory the new one then takes.
+        self.layer.__dict__.pop("cpu_linear", None)
         whole = Parameter(weight.to(empty.dtype), requires_grad=False)
         self.layer.register_parameter(self.name, whole)
         try:
@@ -164,12 +175,19 @@ class Copy:
     @cached_property
     def fills_place(self) -> bool:
         """As it is: nothing is cut, turned or repeated."""
-        whole = Part.of(torch.empty(self.place.shape, device="meta"))
-        return self.source == self.target == whole
+        return self.source == self.target == self.place.whole
 
 
 Plan = Mapping[str, Sequence[Copy]]
 """By the weight's name."""
+
+
+class Task(NamedTuple):
+    """A part of a weight, to be copied or packed."""
+
+    copy: Copy
+    weight: Tensor
+    name: str  # of the weight; empty: another task tells of it
 
 
 class PlannedLoader:
@@ -181,42 +199,45 @@ class PlannedLoader:
         self._copies = Counter(copy.place for copies in plan.values() for copy in copies)
         self._outstanding: Counter[Place] = Counter()
         self._gathered: dict[Place, Tensor] = {}  # of which parts are outstanding
-        self._filling: dict[Place, Future[None]] = {}  # by the last `load`
-        self._workers = ThreadPoolExecutor(
-            AT_ONCE,
-            "medrl-load",
-            initializer=_use_threads,
-            initargs=(max(1, threads // AT_ONCE),),
-        )
+        self._filling: list[Future[None]] = []  # by the last `load`
+        self._thread_of = _dealt(self._copies)
+        self._threads = [
+            ThreadPoolExecutor(
+                1,
+                "medrl-load",
+                initializer=_use_threads,
+                initargs=(max(1, threads // AT_ONCE),),
+            )
+            for _ in range(AT_ONCE)
+        ]
 
     def begin(self) -> None:
-        wait(self._filling.values())  # the last update may have broken off
-        self._filling = {}
+        wait(self._filling)  # the last update may have broken off
+        self._filling = []
         self._outstanding = self._copies.copy()
         self._gathered = {}
 
-    def load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        parts: dict[Place, list[tuple[Copy, Tensor]]] = {}
+    def load(self, weights: Sequence[tuple[str, Tensor]], note: Note) -> None:
+        tasks: list[list[Task]] = [[] for _ in self._threads]
         for name, weight in weights:
-            for copy in self._plan[name]:
-                parts.setdefault(copy.place, []).append((copy, weight))
-        before, self._filling = self._filling, {}
-        for place, mine in parts.items():
-            self._filling[place] = self._workers.submit(self._fill, place, mine, before.get(place))
-        _finish(before.values())
+            for number, copy in enumerate(self._plan[name]):
+                told = "" if number else name
+                tasks[self._thread_of[copy.place]].append(Task(copy, weight, told))
+        before, self._filling = self._filling, []
+        for thread, mine in zip(self._threads, tasks, strict=True):
+            self._filling.append(thread.submit(self._fill, mine, note))
+        _finish(before)
 
     def end(self) -> None:
-        _finish(self._filling.values())
+        _finish(self._filling)
         pack_kept(self._model)
 
     @torch.no_grad()
-    def _fill(
-        self, place: Place, parts: Sequence[tuple[Copy, Tensor]], before: Future[None] | None
-    ) -> None:
-        """A place is one thread's at a time."""
-        if before is not None:
-            before.result()
-        for copy, weight in parts:
+    def _fill(self, tasks: Sequence[Task], note: Note) -> None:
+        for copy, weight, name in tasks:
+            if name:
+                note(name, weight)
+            place = copy.place
             if not place.is_packed:
                 copy.target(place.parameter).copy_(copy.source(weight))
             elif copy.fills_place:
@@ -236,6 +257,16 @@ class PlannedLoader:
             place.pack(self._gathered.pop(place))
 
 
+def _dealt(places: Iterable[Place]) -> dict[Place, int]:
+    """A thread for each place, so that no two work on one; all have about as much to do."""
+    loads = [0] * AT_ONCE
+    threads = {}
+    for place in places:
+        threads[place] = loads.index(min(loads))
+        loads[threads[place]] += place.shape.numel()
+    return threads
+
+
 def _use_threads(number: int) -> None:
     torch.get_num_threads()  # else a thread's first computation takes another's number
     torch._C.set_num_threads(number)
@@ -252,7 +283,7 @@ def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:
     """What `model.load_weights` does with each of `weights`; None where that is more than copies
     that fill what is packed, or a layer is of another kind. Leaves the model as it was."""
     methods = (getattr(layer, "quant_method", None) for layer in model.modules())
-    if not all(isinstance(method, KNOWN_METHODS) for method in methods):
+    if not all(type(method) in KNOWN_METHODS for method in methods):
         return None
     sources = {
         meta.name: torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device="meta")
@@ -261,17 +292,26 @@ def record(model: Module, weights: Sequence[WeightMeta]) -> Plan | None:
     try:
         with _before_packing(model) as places, _Copies() as copies:
             model.load_weights(list(sources.items()))  # type: ignore[operator]
+        plan = _plan(sources, places, copies.made)
+        return plan if _is_whole(plan) and not copies.more else None
     except Exception:  # it looks at numbers, say; what is wrong besides, vLLM's reload will tell
         return None
+
+
+def _plan(
+    sources: Mapping[str, Tensor],
+    places: Mapping[int, Place],
+    copies: Iterable[tuple[Tensor, Tensor]],
+) -> Plan:
+    """Raises `LookupError` where one of `copies`, target and source, is of anything else."""
     names = {_storage(source): name for name, source in sources.items()}
     plan: dict[str, list[Copy]] = {name: [] for name in sources}
-    for target, source in copies.made:
-        if _storage(source) not in names or _storage(target) not in places:
-            return None
-        plan[names[_storage(source)]].append(
-            Copy(source=Part.of(source), place=places[_storage(target)], target=Part.of(target))
-        )
-    return plan if _is_whole(plan) and not copies.more else None
+    for target, source in copies:
+        name, place = names[_storage(source)], places[_storage(target)]
+        if source.dtype != sources[name].dtype:
+            raise LookupError(f"{name} is not taken as what it is")
+        plan[name].append(Copy(source=Part.of(source), place=place, target=Part.of(target)))
+    return plan
 
 
 def pack_kept(model: Module) -> None:
@@ -331,12 +371,22 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _is_whole(plan: Plan) -> bool:
-    """Every weight goes somewhere; what is packed is filled, and what is not has the same shape."""
-    filled: Counter[Place] = Counter()
+    """Every weight goes somewhere, and no two to the same; what is packed is filled, and what is
+    not lies as it did."""
+    targets: dict[Place, list[Part]] = {}
     for copies in plan.values():
         for copy in copies:
-            filled[copy.place] += copy.target.size.numel()
-    return all(plan.values()) and all(
-        elements == place.shape.numel() if place.is_packed else place.parameter.shape == place.shape
-        for place, elements in filled.items()
+            targets.setdefault(copy.place, []).append(copy.target)
+    kept = [place.parameter.data_ptr() for place in targets if not place.is_packed]
+    return (
+        all(plan.values())
+        and all(len({*parts}) == len(parts) for parts in targets.values())
+        and len({*kept}) == len(kept)
+        and all(
+            sum(part.size.numel() for part in parts) == place.shape.numel()
+            if place.is_packed
+            else (place.parameter.shape, place.parameter.stride())
+            == (place.shape, place.whole.stride)
+            for place, parts in targets.items()
+        )
     )

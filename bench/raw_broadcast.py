@@ -1,4 +1,4 @@
-"""Bytes over gloo and nothing else: the least that a sync over that transport could take."""
+"""Bytes over gloo and nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from medrl.bench.facts import Count, Fact
 from medrl.cluster.loopback import ADDRESS
 
 _TIMEOUT_S = 120.0  # of joining, and of any one collective
+PIECE_BYTES = 64 * 2**20  # at a time; as fast as 32 MiB or faster, and than 16 by 3 to 9 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class Seen:
 class Peer:
     """Sends (rank 0) or receives one contiguous buffer, in pieces. Both calls are collectives."""
 
-    def __init__(self, num_bytes: int, piece_bytes: int) -> None:
+    def __init__(self, num_bytes: int, piece_bytes: int = PIECE_BYTES) -> None:
         self._buffer = torch.zeros(num_bytes, dtype=torch.uint8)
         self._piece_bytes = piece_bytes
         self._group: ProcessGroupGloo | None = None
@@ -92,11 +93,11 @@ def facts(seen: Sequence[Sequence[Seen]]) -> tuple[Fact, ...]:
 
 @asynccontextmanager
 async def broadcasts(
-    num_bytes: int, piece_bytes: int, receivers: int, options: Mapping[str, Any]
+    num_bytes: int, receivers: int, options: Mapping[str, Any]
 ) -> AsyncIterator[Broadcasts]:
     """Peers for the block: Ray actors with `options`, for they are to live as engines do."""
     remote = ray.remote(Peer).options(**options)
-    peers = [remote.remote(num_bytes, piece_bytes) for _ in range(1 + receivers)]
+    peers = [remote.remote(num_bytes) for _ in range(1 + receivers)]
     try:
         port = free_port()
         joins = (peer.join.remote(port, rank, len(peers)) for rank, peer in enumerate(peers))

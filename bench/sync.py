@@ -140,7 +140,6 @@ async def _of_run(model: Model, config: Config, pairs: int) -> list[Case]:
                 pushes = Pushes(parts.learner, parts.pool, requests, share_memory=not apart)
                 moving = broadcasts(
                     sum(map(num_bytes, weights)),
-                    BUCKET_BYTES["gloo"],
                     receivers=engines,
                     options=placement.reward_options(),
                 )
@@ -192,9 +191,9 @@ BENCHMARK = Benchmark(
         "the last answer: gathered (ZeRO 3, over two ranks), packed, loaded by vLLM, with digests "
         "on both sides; through memory that both sides map, or, `as between machines`, by "
         "broadcasts over gloo. Raw: a broadcast over gloo of one contiguous buffer of as many "
-        "bytes, in pieces of a bucket's size, to as many processes that do nothing with it. Before "
-        "every push the learner makes a step that changes all tensors; and all of the raw buffer "
-        "changes. "
+        "bytes, in the pieces it is fastest with, to as many processes that do nothing with it. "
+        "Before every push the learner makes a step that changes all tensors; and all of the raw "
+        "buffer changes. "
         f"{PAUSE}: how long the engines generate nothing, from pausing to resuming, the canary "
         "included. Most of an engine's time is its packing of linear layers for oneDNN: 2 to "
         "3 GB/s a core. More processes are at work than there are cores. "

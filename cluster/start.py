@@ -17,7 +17,7 @@ from medrl.cluster.placement import Placement
 from medrl.cluster.preflight import Checked, reward_terms
 from medrl.cluster.requests import Requests
 from medrl.cluster.startup import Startup
-from medrl.cluster.sync import MAX_GAP, Sync
+from medrl.cluster.sync import MAX_GAP, RANKS_GRACE_S, Sync
 from medrl.configs.schema import Config
 from medrl.learner.actor import RayLearner, create_learner
 from medrl.learner.settings import LearnerSettings
@@ -128,7 +128,7 @@ def _settings(config: Config, checked: Checked, placement: Placement) -> Learner
         total_steps=config.run.steps,
         seed=config.run.seed,
         device=placement.device,
-        collective_timeout_s=config.placement.sync_timeout_s,
+        collective_timeout_s=config.placement.sync_timeout_s + RANKS_GRACE_S,
         deterministic=config.run.deterministic,
     )
 

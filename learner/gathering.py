@@ -39,36 +39,35 @@ class WholeOnFirst:
         partitioned: list[Any] = list(parameters)
         parts = [one.ds_tensor.data.flatten().view(torch.uint8) for one in partitioned]
         before = [one.data for one in partitioned]
+        wholes = self._whole(parts)
         try:
-            for one, whole in zip(partitioned, self._whole(parts), strict=False):
+            for one, whole in zip(partitioned, wholes, strict=False):
                 one.data = whole.view(one.dtype)[: one.ds_numel].view(one.ds_shape)
             yield
         finally:
             for one, data in zip(partitioned, before, strict=True):
                 one.data = data
 
-    def _whole(self, parts: list[Tensor]) -> Iterator[Tensor]:
-        """All ranks' bytes of each part, one after the other; on ranks other than 0 nothing."""
+    def _whole(self, parts: list[Tensor]) -> list[Tensor]:
+        """All ranks' bytes of each part, one after the other; on ranks other than 0 none."""
         world, rank = distributed.get_world_size(), distributed.get_rank()
         sizes = [world * part.numel() for part in parts]
         *starts, total = accumulate(map(padded, sizes), initial=0)
         slot = self._slot(total, parts[0].device)
         if slot is None:
-            yield from _received(parts)
-            return
+            return _received(parts)
         places = [slot[start:][:size] for start, size in zip(starts, sizes, strict=True)]
         for place, part in zip(places, parts, strict=True):
             place.view(world, -1)[rank].copy_(part)
         distributed.barrier()
-        if not rank:
-            yield from places
+        return [] if rank else places
 
     def _slot(self, size: int, device: torch.device) -> Tensor | None:
         """Of at least `size` bytes; None where ranks have no memory in common. Rank 0 is done with
         one when it comes to the barrier of the next, and no rank writes there before."""
         self._shares = self._shares and device.type == "cpu"
         if self._shares and (self._slots is None or self._slots.shape[1] < size):
-            self._slots = None  # no view of it is alive
+            self._slots = None  # gone with the last bucket's tensors
             memory = agree(
                 distributed.group.WORLD,
                 distributed.get_rank(),
@@ -82,13 +81,12 @@ class WholeOnFirst:
         return None if self._slots is None else self._slots[self._calls % _SLOTS]
 
 
-def _received(parts: list[Tensor]) -> Iterator[Tensor]:
+def _received(parts: list[Tensor]) -> list[Tensor]:
     mine = torch.cat(parts)
     first = distributed.get_rank() == 0
     ranks = range(distributed.get_world_size())
     everyones = [torch.empty_like(mine) for _ in ranks] if first else None
     distributed.gather(mine, everyones, dst=0)
     sizes = [part.numel() for part in parts]
-    yield from map(
-        torch.cat, zip(*(torch.split(one, sizes) for one in everyones or ()), strict=True)
-    )
+    split = (torch.split(one, sizes) for one in everyones or ())
+    return [torch.cat(parts_of_one) for parts_of_one in zip(*split, strict=True)]

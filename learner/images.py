@@ -72,7 +72,8 @@ class ImageCache:
         """Have these in the cache, as far as it holds them; files are decoded side by side. Raises
         `UserError` for a file that is no image, `LearnerError` for one that is another than it
         was."""
-        absent = [one for one in dict.fromkeys(images) if self._hashes.get(one) not in self._kept]
+        wanted = list(dict.fromkeys(images))
+        absent = [one for one in wanted if not self._use(self._hashes.get(one, ""))]
         for seen, loaded in self._loaded(absent):
             hash = loaded.sha256
             if self._hashes.setdefault(seen, hash) != hash:
@@ -94,10 +95,16 @@ class ImageCache:
 
     def get(self, hash: str) -> ImageInputs:
         """The image of a hash that was met; where it left the cache, its file is read again."""
-        if hash not in self._kept:
+        if not self._use(hash):
             self.read([self._seen[hash]])
-        self._kept.move_to_end(hash)
         return self._kept[hash]
+
+    def _use(self, hash: str) -> bool:
+        """Whether it is kept; then it is the last to be dropped."""
+        if hash not in self._kept:
+            return False
+        self._kept.move_to_end(hash)
+        return True
 
     def _loaded(self, images: list[Seen]) -> Iterator[tuple[Seen, LoadedImage]]:
         """In order; files are decoded side by side, few at a time."""

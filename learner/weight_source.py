@@ -29,16 +29,16 @@ class WeightSource(Protocol):
     def buckets(
         self, bucket_bytes: int
     ) -> Iterator[tuple[Sequence[WeightMeta], Iterable[torch.Tensor]]]:
-        """The same tensors, whole, a bucket at a time; valid only until the next bucket is asked
-        for."""
+        """The same tensors, a bucket at a time; valid only until the next bucket is asked for.
+        Whole where they are sent from: on other ranks they may be empty."""
         ...
 
 
 class ModuleSource:
     """A `WeightSource` over a module under any ZeRO stage.
 
-    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.WholeOnFirst`): a bucket
-    of them in one call, which moves 64 MiB as fast as one. The default is for whole parameters.
+    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.WholeOnFirst`), a bucket
+    of them in one call. The default is for whole parameters.
     """
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:

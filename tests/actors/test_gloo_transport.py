@@ -19,6 +19,7 @@ from torch import nn
 
 from medrl.actors.gloo_receiver import GlooReceiver
 from medrl.actors.lane import SLOTS, Lane
+from medrl.actors.loaders import Note
 from medrl.actors.types import Sent, SyncPlan, WeightMeta
 from medrl.actors.wire import (
     ALIGNMENT,
@@ -57,8 +58,10 @@ class Loaded:
     def begin(self) -> None:
         self.tensors = {}
 
-    def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self.tensors.update((name, tensor.clone()) for name, tensor in weights)
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]], note: Note) -> None:
+        for name, tensor in weights:
+            note(name, tensor)
+            self.tensors[name] = tensor.clone()
 
     def end(self) -> None: ...
 
@@ -70,13 +73,13 @@ class LoadedLate(Loaded):
         super().begin()
         self._last: Sequence[tuple[str, torch.Tensor]] = ()
 
-    def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]], note: Note) -> None:
         time.sleep(0.005)
-        super().load(self._last)
-        self._last = weights
+        super().load(self._last, note)
+        self._last, self._note = weights, note
 
     def end(self) -> None:
-        super().load(self._last)
+        super().load(self._last, self._note)
 
 
 def receiver(kind: type[Loaded] = Loaded) -> tuple[GlooReceiver, Loaded]:
@@ -319,16 +322,23 @@ def test_a_gpu_buffers_handle_survives_being_json() -> None:
     hash(decode_ipc_handle(encode_ipc_handle(arguments)))  # vLLM keys its cache by it
 
 
-def test_an_engine_that_cannot_load_ends_the_send_at_once(tmp_path: Path) -> None:
+class FullAtOnce(Loaded):
+    def begin(self) -> None:
+        raise MemoryError("no room")
+
+
+class FullLater(Loaded):
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]], note: Note) -> None:
+        raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("loader", [FullAtOnce, FullLater])
+def test_an_engine_that_cannot_load_ends_the_send_at_once(
+    loader: type[Loaded], tmp_path: Path
+) -> None:
     """Not at the deadline: its process lives on, but it will ask for no more buckets."""
-
-    class Full(Loaded):
-        def load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
-            raise MemoryError("no room")
-
     agreed, source = plan(1, bucket_bytes=1, timeout_s=60.0), ModuleSource(module())
-    one, _ = receiver()
-    one._loader = Full()
+    one, _ = receiver(loader)
     began = time.monotonic()
     with ThreadPoolExecutor(2) as threads:
         joining = threads.submit(join, one, agreed, 1)

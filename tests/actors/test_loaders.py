@@ -14,6 +14,7 @@ import torch
 from conftest import Live
 from reference import request
 from torch import Tensor, nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from medrl.actors.loaders import Copy, Part, Place, PlannedLoader, record
@@ -90,6 +91,10 @@ class Model(nn.Module):
             self.kept.weight_loader(self.kept, weight)  # type: ignore[operator]
 
 
+def ignore(name: str, weight: Tensor) -> None:
+    """For tests in which nobody takes a digest."""
+
+
 SHAPE = WeightMeta(name="w", dtype="float32", shape=(2, 2))
 
 
@@ -106,7 +111,7 @@ def test_a_weight_goes_where_the_loader_put_it_and_nowhere_else() -> None:
     loader = PlannedLoader(model, plan)
     for _ in range(2):
         loader.begin()
-        loader.load([("w", bucket[2:].view(2, 2))])
+        loader.load([("w", bucket[2:].view(2, 2))], ignore)
         loader.end()
     assert model.kept.tolist() == [[0, 0], [0, 0], [2, 4], [3, 5]]
 
@@ -122,6 +127,20 @@ class Halves(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, weight in weights:
             self.kept.data[int(name)].copy_(weight)
+
+
+class Quarters(nn.Module):
+    """Loads its one weight in two parts, to places apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(4, 2), requires_grad=False)
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            for row, part in zip((0, 2), weight, strict=True):
+                self.kept.data[row].copy_(part)
 
 
 def loader_of_halves() -> tuple[Halves, PlannedLoader]:
@@ -142,8 +161,8 @@ def test_a_weight_may_change_once_the_next_was_loaded(monkeypatch: pytest.Monkey
     monkeypatch.setattr(PlannedLoader, "_fill", late)
     first, second = torch.full((4,), 1.0), torch.full((4,), 2.0)
     loader.begin()
-    loader.load([("0", first)])
-    loader.load([("1", second)])
+    loader.load([("0", first)], ignore)
+    loader.load([("1", second)], ignore)
     first.fill_(9.0)
     loader.end()
     assert model.kept.tolist() == [[1.0] * 4, [2.0] * 4]
@@ -160,7 +179,7 @@ def test_an_update_that_broke_off_is_over_before_the_next_begins(
 
     monkeypatch.setattr(PlannedLoader, "_fill", held)
     loader.begin()
-    loader.load([("0", torch.ones(4))])
+    loader.load([("0", torch.ones(4))], ignore)
     with ThreadPoolExecutor(1) as threads:
         beginning = threads.submit(loader.begin)
         with pytest.raises(TimeoutError):
@@ -173,9 +192,27 @@ def test_an_update_that_broke_off_is_over_before_the_next_begins(
 def test_a_weight_that_cannot_be_loaded_ends_the_update(told_by: str) -> None:
     _, loader = loader_of_halves()
     loader.begin()
-    loader.load([("0", torch.ones(2))])
+    loader.load([("0", torch.ones(2))], ignore)
     with pytest.raises(RuntimeError):
-        loader.load([("1", torch.ones(4))]) if told_by == "the next load" else loader.end()
+        loader.load([("1", torch.ones(4))], ignore) if told_by == "the next load" else loader.end()
+
+
+def test_each_weight_is_told_of_once_before_it_is_loaded() -> None:
+    """Wherever its parts go: what is told takes its digest."""
+    model, told = Quarters(), []
+    plan = record(model, [SHAPE])
+    assert plan is not None
+    assert len(plan["w"]) == 2
+
+    def note(name: str, weight: Tensor) -> None:
+        told.append((name, weight.tolist(), model.kept.tolist()))
+
+    loader = PlannedLoader(model, plan)
+    loader.begin()
+    loader.load([("w", torch.ones(2, 2))], note)
+    loader.end()
+    assert told == [("w", [[1, 1], [1, 1]], [[0, 0]] * 4)]
+    assert model.kept.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
 
 
 def doubled(parameter: Tensor, weight: Tensor) -> None:
@@ -200,7 +237,18 @@ def as_numpy(parameter: Tensor, weight: Tensor) -> None:
     parameter.data[:2].copy_(torch.from_numpy(weight.numpy()))
 
 
-@pytest.mark.parametrize("loader", [doubled, looked_at, replaced, added_to, as_numpy])
+def as_another_type(parameter: Tensor, weight: Tensor) -> None:
+    parameter.data[:2].copy_(weight.view(torch.int32))
+
+
+def twice(parameter: Tensor, weight: Tensor) -> None:
+    for _ in range(2):
+        parameter.data[:2].copy_(weight)
+
+
+@pytest.mark.parametrize(
+    "loader", [doubled, looked_at, replaced, added_to, as_numpy, as_another_type, twice]
+)
 def test_what_is_more_than_a_copy_is_left_to_vllm(loader: Callable[..., None]) -> None:
     model = Model(loader)
     assert record(model, [SHAPE]) is None
@@ -220,4 +268,38 @@ def test_a_weight_that_is_turned_is_not_packed_as_it_is() -> None:
 def test_a_layer_of_another_kind_is_left_to_vllm() -> None:
     model = Model(lower_half)
     model.quant_method = object()  # packs, scales or what not
+    assert record(model, [SHAPE]) is None
+
+
+def test_a_parameter_that_lies_otherwise_since_is_left_to_vllm() -> None:
+    model = Model(lower_half)
+    model.kept.data = torch.zeros(2, 4).t()
+    assert record(model, [SHAPE]) is None
+
+
+def test_parameters_that_are_one_since_are_left_to_vllm() -> None:
+    """What is loaded last would win, whichever that is."""
+    model = nn.Module()
+    for name in "ab":
+        layer = Model(lower_half)
+        layer.load_weights = None  # type: ignore[assignment]
+        model.add_module(name, layer)
+
+    def load_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            lower_half(model.get_parameter(f"{name}.kept"), weight)
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    shapes = [replace(SHAPE, name=name) for name in "ab"]
+    assert record(model, shapes) is not None
+    model.b.kept.data = model.a.kept.data  # type: ignore[union-attr]
+    assert record(model, shapes) is None
+
+
+def test_a_layer_packed_by_a_kind_of_what_is_known_is_left_to_vllm() -> None:
+    """A class made of a known one may do more than it."""
+    model = Model(lower_half)
+    model.quant_method = UnquantizedLinearMethod()
+    assert record(model, [SHAPE]) is not None
+    model.quant_method = type("Other", (UnquantizedLinearMethod,), {})()
     assert record(model, [SHAPE]) is None

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sync_parties import Engine, System
 
 from medrl.actors.types import Receipt
+from medrl.cluster import start, sync
 from medrl.cluster.proof import first_difference
 from medrl.configs.errors import EngineError, LearnerError, UserError, WeightSyncError, as_death
+from medrl.configs.schema import Config, DataConfig, ModelConfig, PlacementConfig, RunConfig
 
 
 def phases(calls: Sequence[str]) -> list[set[str]]:
@@ -244,3 +248,16 @@ def test_first_difference_sees_missing_changed_and_extra_tensors() -> None:
     assert first_difference({"a": "1", "b": "2"}, {"a": "1"}) == "b: sent 2, received nothing"
     assert first_difference({"a": "1"}, {"a": "2"}) == "a: sent 1, received 2"
     assert first_difference({}, {"c": "3"}) == "c: received, but never sent"
+
+
+def test_ranks_outlive_an_engine_that_hangs_and_the_sync_waits_for_their_word() -> None:
+    """Rank 0 gives an engine up after sync_timeout_s; until then the others wait for rank 0."""
+    config = Config(
+        run=RunConfig(name="x"),
+        model=ModelConfig(path="."),
+        data=DataConfig(train="."),
+        placement=PlacementConfig(sync_timeout_s=30),
+    )
+    inputs, device = SimpleNamespace(image_root=Path()), SimpleNamespace(device="cpu")
+    settings = start._settings(config, inputs, device)  # type: ignore[arg-type]
+    assert 30 + 1 < settings.collective_timeout_s < 30 + sync._GRACE_S - 1

@@ -66,6 +66,16 @@ def test_the_cache_holds_as_many_bytes_as_it_may(make: Any) -> None:
     assert store.decoded == len(NAMES) + 1
 
 
+def test_what_is_asked_for_now_is_not_dropped_for_what_else_is(make: Any) -> None:
+    """The image kept longest leaves, unless it is among those a step needs."""
+    cache, store = make(BYTES["a.png"] + max(BYTES["b.png"], BYTES["c.png"]))
+    cache.read(seen("a.png", "b.png"))
+    cache.read(seen("a.png", "c.png"))
+    assert store.decoded == 3
+    cache.get(cache.hash(Seen("a.png", small=False)))
+    assert store.decoded == 3
+
+
 def test_an_image_asked_for_twice_is_read_once(make: Any) -> None:
     cache, store = make()
     cache.read(seen("a.png", "b.png", "a.png"))
