@@ -1,4 +1,4 @@
-"""The vision-language model: with `learner.vision`, all that knows a family's keys.
+"""The vision-language model: with `learner.vision` and `levels`, all that knows a family's keys.
 
 `PromptReader` turns a group's prompt into model inputs and refuses one that is not what the engine
 sampled from. `Policy` wraps the model: rows in, log-probs and entropies of completion tokens out.
