@@ -68,13 +68,13 @@ MODELS = (
     Model(
         size="4 MB",
         folder=lambda folder: ROOT / "starter",
-        engines={0: (1, 2, 4), 3: (1, 2, 4)},
+        engines={0: (1, 2, 4)},
         targets={},
     ),
     Model(
         size="125 MB",
         folder=_make("medium", SIZES),
-        engines={0: (1, 2, 4), 3: (1, 2, 4)},
+        engines={0: (1, 2, 4), 3: (1, 2)},
         targets={0: 0.5, 3: 0.3},
         apart=(1, 2),
     ),
