@@ -37,7 +37,10 @@ SHORT_SIZE = Size(
     held_out=0,
     images=32,
     # Starts sooner; and the run has to wait for its only engine to come back.
-    own={"equal": ("placement.engines=1",), "noise": ()},
+    own={
+        "equal": ("placement.engines=1",),
+        "noise": ("placement.engines=1", "placement.learners=1"),
+    },
 )
 
 CONFIG = """
