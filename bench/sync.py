@@ -191,7 +191,7 @@ BENCHMARK = Benchmark(
         "the last answer: gathered (ZeRO 3, over two ranks), packed, loaded by vLLM, with digests "
         "on both sides; through memory that both sides map, or, `as between machines`, by "
         "broadcasts over gloo. Raw: a broadcast over gloo of one contiguous buffer of as many "
-        "bytes, in the pieces it is fastest with, to as many processes that do nothing with it. "
+        "bytes, in pieces of 64 MiB, to as many processes that do nothing with it. "
         "Before every push the learner makes a step that changes all tensors; and all of the raw "
         "buffer changes. "
         f"{PAUSE}: how long the engines generate nothing, from pausing to resuming, the canary "

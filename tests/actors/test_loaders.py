@@ -129,20 +129,6 @@ class Halves(nn.Module):
             self.kept.data[int(name)].copy_(weight)
 
 
-class Quarters(nn.Module):
-    """Loads its one weight in two parts, to places apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = nn.Parameter(torch.zeros(4, 2), requires_grad=False)
-        record_metadata_for_reloading(self)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for _, weight in weights:
-            for row, part in zip((0, 2), weight, strict=True):
-                self.kept.data[row].copy_(part)
-
-
 def loader_of_halves() -> tuple[Halves, PlannedLoader]:
     model = Halves()
     plan = record(model, [WeightMeta(name=name, dtype="float32", shape=(4,)) for name in "01"])
@@ -197,9 +183,14 @@ def test_a_weight_that_cannot_be_loaded_ends_the_update(told_by: str) -> None:
         loader.load([("1", torch.ones(4))], ignore) if told_by == "the next load" else loader.end()
 
 
+def rows_apart(parameter: Tensor, weight: Tensor) -> None:
+    for row, part in zip((0, 2), weight, strict=True):
+        parameter.data[row].copy_(part)
+
+
 def test_each_weight_is_told_of_once_before_it_is_loaded() -> None:
     """Wherever its parts go: what is told takes its digest."""
-    model, told = Quarters(), []
+    model, told = Model(rows_apart), []
     plan = record(model, [SHAPE])
     assert plan is not None
     assert len(plan["w"]) == 2
