@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -18,15 +18,36 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo
 
 from medrl.actors.wire import collective
 
-NAME = "medrl-buckets"
+NAME = "medrl-weights"
 _OFFER_BYTES = 512
 
 
+class Memory:
+    """New memory of this process, zeros. Others can map it until it is closed; what is mapped, here
+    too, stays. Raises `OSError` where there can be none: it may be forbidden, and a limit on the
+    size of files counts here too."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size  # bytes
+        file = os.memfd_create(NAME)
+        self.close = finalize(self, os.close, file)
+        path = f"/proc/{os.getpid()}/fd/{file}"
+        self.offer = Offer(size=size, path=path, token=secrets.token_hex())
+        os.ftruncate(file, size + len(self.offer.token))
+        os.pwrite(file, self.offer.token.encode(), size)
+        self._mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+    def part(self, start: int, size: int) -> Tensor:
+        """[size] uint8 from byte `start` on; has a storage of its own, to be saved by itself."""
+        return torch.from_numpy(self._mapped.numpy()[start : start + size])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommonMemory:
+class Agreed:
     """What a group agreed on."""
 
     size: int  # bytes, as rank 0 said
+    note: str  # likewise
     memory: Tensor | None  # [size] uint8, the same for all; None: one of them cannot map it
 
 
@@ -36,19 +57,29 @@ def agree(
     world_size: int,
     size: int,
     *,
+    memory: Memory | None = None,
     share: bool = True,
-) -> CommonMemory:
-    """Map `size` bytes of rank 0's, unless it does not `share`; both are rank 0's to say.
-    A collective. Raises `RuntimeError` past the group's timeout."""
-    offering = _offering(size) if share and not rank else nullcontext(Offer(size=size))
-    with offering as offer:
-        told = offer.written()
+    note: str = "",
+    writable: bool = True,
+) -> Agreed:
+    """Map `size` bytes of rank 0's, new ones or those of its `memory`, unless it does not `share`.
+    All this, and the `note`, is rank 0's to say. Not `writable`: what another rank writes there it
+    alone sees. A collective. Raises `RuntimeError` past the group's timeout."""
+    with ExitStack() as made:
+        if not rank and share and memory is None:
+            with suppress(OSError):
+                memory = Memory(size)
+                made.callback(memory.close)
+        offer = memory.offer if memory is not None and share else Offer(size=size)
+        told = replace(offer, note=note).written()
         collective(group, "broadcast", told, 0)
         offer = Offer.read(told)
-        memory = offer.mapped()
-        mapped = torch.tensor([int(memory is not None)])
+        mine = memory if share and not rank else None
+        seen = mine.part(0, size) if mine else offer.mapped(writable=writable)
+        mapped = torch.tensor([int(seen is not None)])
         collective(group, "allreduce", mapped)
-    return CommonMemory(size=offer.size, memory=memory if mapped.item() == world_size else None)
+    everywhere = mapped.item() == world_size
+    return Agreed(size=offer.size, note=offer.note, memory=seen if everywhere else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +88,8 @@ class Offer:
 
     size: int  # bytes
     path: str = ""  # of its file descriptor; empty: it is not to be shared
-    token: str = ""  # what it begins with: another machine may have something else at that path
+    token: str = ""  # what follows it: another machine may have something else at that path
+    note: str = ""  # to the group
 
     def written(self) -> Tensor:
         text = json.dumps(asdict(self)).ljust(_OFFER_BYTES)
@@ -67,29 +99,14 @@ class Offer:
     def read(cls, told: Tensor) -> Offer:
         return cls(**json.loads(told.numpy().tobytes()))
 
-    def mapped(self) -> Tensor | None:
+    def mapped(self, *, writable: bool = True) -> Tensor | None:
         """[size] uint8; None where this process cannot map it."""
+        token = self.token.encode()
         try:
             if NAME not in os.readlink(self.path):
                 return None
-            memory = torch.from_file(self.path, shared=True, size=self.size, dtype=torch.uint8)
+            size = self.size + len(token)
+            memory = torch.from_file(self.path, shared=writable, size=size, dtype=torch.uint8)
         except (OSError, RuntimeError):
             return None
-        token = self.token.encode()
-        return memory if memory[: len(token)].numpy().tobytes() == token else None
-
-
-@contextmanager
-def _offering(size: int) -> Iterator[Offer]:
-    """New memory of this process. Others can map it in the block; what is mapped stays."""
-    token = secrets.token_hex()
-    with ExitStack() as open_files:
-        try:
-            file = os.memfd_create(NAME)
-            open_files.callback(os.close, file)
-            os.ftruncate(file, size)
-            os.pwrite(file, token.encode(), 0)
-            offer = Offer(size=size, path=f"/proc/{os.getpid()}/fd/{file}", token=token)
-        except OSError:  # it may be forbidden, and a limit on the size of files counts here too
-            offer = Offer(size=size)
-        yield offer
+        return memory[: self.size] if memory[self.size :].numpy().tobytes() == token else None

@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,7 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc
         super().__init__(*arguments)
         self._digests: dict[str, str] = {}
         self._loader: Loader | None = None  # made at the first update, which says what will come
+        self._threads = torch.get_num_threads()  # an update is spared some of them
 
     def start_weight_update(self) -> None:
         """All is in `update_weights`, of which an update has one."""
@@ -112,7 +113,9 @@ class Receiver(WeightTransferEngine[JoinInfo, UpdateInfo]):  # type: ignore[misc
         info = self.parse_update_info(update_info)
         self._digests = {}
         if self._loader is None:
-            self._loader = make_loader(self.model, self.model_config, self.device, info.weights)
+            self._loader = make_loader(
+                self.model, self.model_config, self.device, info.weights, self._threads
+            )
         self._loader.begin()
         self.receive_weights(info)
         self._loader.end()
@@ -136,17 +139,16 @@ class GlooReceiver(Receiver):
     """Takes packed buckets from rank 0: the next arrives while the last are loaded."""
 
     _lane: Lane | None = None
-    _bucket_bytes = 0
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         self.shutdown()
-        self._bucket_bytes = init_info.bucket_bytes
         self._lane = Lane(
             init_info.address,
             init_info.port,
             init_info.rank,
             init_info.world_size,
             init_info.timeout_s,
+            init_info.bucket_bytes,
         )
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -161,13 +163,14 @@ class GlooReceiver(Receiver):
         lane = self._lane
         if lane is None:
             raise RuntimeError("receiving needs a transfer group")
-        buckets = list(split_buckets(update_info.weights, self._bucket_bytes))
+        buckets = list(split_buckets(update_info.weights, lane.bucket_bytes))
         with ThreadPoolExecutor(1, "medrl-receive") as receiver:
-            arriving = receiver.submit(_take, lane, 0, buckets[0])
+            taking = _taken(lane, buckets)
+            arriving = receiver.submit(next, taking)
             for number, bucket in enumerate(buckets):
                 slot = arriving.result()
                 if number + 1 < len(buckets):
-                    arriving = receiver.submit(_take, lane, number + 1, buckets[number + 1])
+                    arriving = receiver.submit(next, taking)
                 names = [meta.name for meta in bucket]
                 self.load(list(zip(names, views(bucket, slot), strict=True)))
 
@@ -177,10 +180,14 @@ class GlooReceiver(Receiver):
             self._lane = None
 
 
-def _take(lane: Lane, number: int, bucket: Sequence[WeightMeta]) -> torch.Tensor:
-    slot = lane.slot(number, buffer_bytes(bucket))
-    try:
-        lane.pass_on(slot)
-    except RuntimeError as error:
-        raise RuntimeError(f"bucket {number} from the learner: {error}") from error
-    return slot
+def _taken(lane: Lane, buckets: Iterable[Sequence[WeightMeta]]) -> Iterator[torch.Tensor]:
+    """Where each bucket lies, once it is there."""
+    start = 0
+    for number, bucket in enumerate(buckets):
+        slot = lane.slot(number, start, buffer_bytes(bucket))
+        try:
+            lane.pass_on(slot)
+        except RuntimeError as error:
+            raise RuntimeError(f"bucket {number} from the learner: {error}") from error
+        yield slot
+        start += slot.numel()

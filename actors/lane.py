@@ -1,21 +1,24 @@
 """How buckets get from rank 0 of a group to all others: through memory that all of them see, or by
 broadcasts over gloo. Torch only.
 
-On one machine all map a piece of rank 0's memory (`common_memory`). A bucket is then written once,
-read by every engine where it lies, and gloo only says how far all are. Where one of them cannot map
-it (it is on another machine, or in a container of its own), all get broadcasts.
+On one machine all map a piece of rank 0's memory (`common_memory`): that in which its weights lie,
+or slots that it fills with one bucket after the other. A bucket is then read by every engine where
+it lies, and gloo only says how far all are. Where one of them cannot map it (it is on another
+machine, or in a container of its own), all get broadcasts.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
 
-from medrl.actors.common_memory import agree
+from medrl.actors.common_memory import Memory, agree
 from medrl.actors.wire import collective, open_gloo
 
 SLOTS = 5
@@ -26,9 +29,25 @@ one before that still, and are done with the one that lies in the slot."""
 _BESIDE = 2  # threads: gloo's, and one of the other end's
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """Rank 0's, to those who join."""
+
+    slot_bytes: int
+    has_all: bool  # weights lie in its memory as they are sent
+
+    def written(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> _Note:
+        return cls(**json.loads(text))
+
+
 class Lane:
     """An open group. The others get what rank 0 passes on, in its order. Rank 0 may begin to send
-    anew once all others are done with what they got last: where memory is common it writes there.
+    anew, or change its weights, once all others are done with what they got last: where memory is
+    common it writes there.
 
     Whatever takes longer than `timeout_s` raises `RuntimeError`: each step of joining, and passing
     on."""
@@ -40,26 +59,46 @@ class Lane:
         rank: int,
         world_size: int,
         timeout_s: float,
+        bucket_bytes: int,
         *,
         slot_bytes: int = 0,  # of the largest bucket; rank 0 says
+        weights: Memory | None = None,  # of rank 0: where all buckets lie, one after the other
         share_memory: bool = True,  # where all can; rank 0 says
     ) -> None:
         self._group: ProcessGroupGloo | None = open_gloo(address, port, rank, world_size, timeout_s)
-        size = SLOTS * slot_bytes
         try:
-            agreed = agree(self._group, rank, world_size, size, share=share_memory)
+            agreed = agree(
+                self._group,
+                rank,
+                world_size,
+                weights.size if weights else SLOTS * slot_bytes,
+                memory=weights,
+                share=share_memory,
+                note=_Note(slot_bytes=slot_bytes, has_all=weights is not None).written(),
+                writable=False,
+            )
         except BaseException:
             self.close()  # else the others would wait until their deadline
             raise
+        note = _Note.read(agreed.note)
         self.shares_memory = agreed.memory is not None
-        memory = agreed.memory
-        if memory is None:
-            memory = torch.empty(agreed.size, dtype=torch.uint8)
-        self._slots = memory.view(SLOTS, -1)
+        all_see_all = note.has_all and self.shares_memory
+        # As all ranks are to cut buckets: what all see need not be cut.
+        self.bucket_bytes = agreed.size if all_see_all else bucket_bytes
+        self._has_all = all_see_all or weights is not None
+        self._slot_bytes = note.slot_bytes
+        if agreed.memory is not None:
+            self._memory = agreed.memory
+        elif weights is not None:
+            self._memory = weights.part(0, weights.size)
+        else:
+            self._memory = torch.empty(SLOTS * note.slot_bytes, dtype=torch.uint8)
 
-    def slot(self, number: int, size: int) -> Tensor:
-        """[size] uint8: where bucket `number` lies on this rank."""
-        return self._slots[number % SLOTS, :size]
+    def slot(self, number: int, start: int, size: int) -> Tensor:
+        """[size] uint8: where bucket `number` lies on this rank. `start`: bytes of those before."""
+        if not self._has_all:
+            start = number % SLOTS * self._slot_bytes
+        return self._memory[start : start + size]
 
     def pass_on(self, slot: Tensor) -> None:
         """Return once `slot` holds here what it holds on rank 0. All ranks must call."""

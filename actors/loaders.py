@@ -50,8 +50,11 @@ KNOWN_METHODS = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 
 
 AT_ONCE = 2
-"""Threads that load. They do not wait for each other, as threads that share a computation would: so
-the second takes what a core has left, and does no harm where there is none."""
+"""Threads that load, where torch may use as many. They do not wait for each other, as threads that
+share a computation would."""
+
+_CHOOSING = 2**18  # elements are packed while oneDNN chooses a layout for a weight
+_CALLING = 2**15  # are copied while Python calls for it
 
 Note = Callable[[str, Tensor], None]
 """Is told of a weight by name, once, in whatever thread is about to load it."""
@@ -70,13 +73,18 @@ class Loader(Protocol):
 
 
 def make_loader(
-    model: Module, model_config: Any, device: torch.device, weights: Sequence[WeightMeta]
+    model: Module,
+    model_config: Any,
+    device: torch.device,
+    weights: Sequence[WeightMeta],
+    threads: int,
 ) -> Loader:
-    """The quickest that is right for `model`, where every update brings `weights`."""
+    """The quickest that is right for `model`, where every update brings `weights`. `threads`: what
+    torch may compute with."""
     # zentorch may compute with the weight itself in place of a packed copy.
     packs = device.type == "cpu" and not current_platform.is_zen_cpu()
     if packs and (plan := record(model, weights)):
-        return PlannedLoader(model, plan, torch.get_num_threads())
+        return PlannedLoader(model, plan, threads)
     return LayerwiseLoader(model, model_config, device)
 
 
@@ -99,8 +107,7 @@ class LayerwiseLoader:
         for name, tensor in weights:
             note(name, tensor)
         # It keeps tensors until all of a layer's are there; GPU transports make each anew.
-        weights = [(n, tensor.clone() if tensor.is_cpu else tensor) for n, tensor in weights]
-        self._model.load_weights(weights)
+        self._model.load_weights((n, t.clone() if t.is_cpu else t) for n, t in weights)
 
     def end(self) -> None:
         finalize_layerwise_reload(self._model, self._model_config)
@@ -173,21 +180,26 @@ class Copy:
     target: Part  # of the parameter
 
     @cached_property
-    def fills_place(self) -> bool:
-        """As it is: nothing is cut, turned or repeated."""
-        return self.source == self.target == self.place.whole
+    def shift(self) -> int | None:
+        """Where the place would begin in the weight, in elements, if all of it lay there as this
+        part does; None: this part does not lie there in one piece, as it will in the place."""
+        piece = Part.of(torch.empty(self.source.size, device="meta"))
+        straight = piece.stride == self.source.stride == self.target.stride
+        if not straight or self.source.size != self.target.size:
+            return None
+        return self.source.offset - self.target.offset
 
 
 Plan = Mapping[str, Sequence[Copy]]
 """By the weight's name."""
 
 
-class Task(NamedTuple):
-    """A part of a weight, to be copied or packed."""
+class Piece(NamedTuple):
+    """What a place gets from a weight."""
 
     copy: Copy
     weight: Tensor
-    name: str  # of the weight; empty: another task tells of it
+    name: str  # of the weight; empty: another piece tells of it
 
 
 class PlannedLoader:
@@ -200,15 +212,16 @@ class PlannedLoader:
         self._outstanding: Counter[Place] = Counter()
         self._gathered: dict[Place, Tensor] = {}  # of which parts are outstanding
         self._filling: list[Future[None]] = []  # by the last `load`
-        self._thread_of = _dealt(self._copies)
+        at_once = min(AT_ONCE, threads)
+        self._thread_of = _dealt(self._copies, at_once)
         self._threads = [
             ThreadPoolExecutor(
                 1,
                 "medrl-load",
                 initializer=_use_threads,
-                initargs=(max(1, threads // AT_ONCE),),
+                initargs=(threads // at_once,),
             )
-            for _ in range(AT_ONCE)
+            for _ in range(at_once)
         ]
 
     def begin(self) -> None:
@@ -218,13 +231,13 @@ class PlannedLoader:
         self._gathered = {}
 
     def load(self, weights: Sequence[tuple[str, Tensor]], note: Note) -> None:
-        tasks: list[list[Task]] = [[] for _ in self._threads]
+        work: list[dict[Place, list[Piece]]] = [{} for _ in self._threads]
         for name, weight in weights:
             for number, copy in enumerate(self._plan[name]):
-                told = "" if number else name
-                tasks[self._thread_of[copy.place]].append(Task(copy, weight, told))
+                piece = Piece(copy, weight, "" if number else name)
+                work[self._thread_of[copy.place]].setdefault(copy.place, []).append(piece)
         before, self._filling = self._filling, []
-        for thread, mine in zip(self._threads, tasks, strict=True):
+        for thread, mine in zip(self._threads, work, strict=True):
             self._filling.append(thread.submit(self._fill, mine, note))
         _finish(before)
 
@@ -233,37 +246,58 @@ class PlannedLoader:
         pack_kept(self._model)
 
     @torch.no_grad()
-    def _fill(self, tasks: Sequence[Task], note: Note) -> None:
-        for copy, weight, name in tasks:
-            if name:
-                note(name, weight)
-            place = copy.place
+    def _fill(self, work: Mapping[Place, Sequence[Piece]], note: Note) -> None:
+        for place, pieces in work.items():
+            for _, weight, name in pieces:
+                if name:
+                    note(name, weight)
             if not place.is_packed:
-                copy.target(place.parameter).copy_(copy.source(weight))
-            elif copy.fills_place:
-                place.pack(weight)
+                _copy(pieces, place.parameter)
+            elif len(pieces) < self._copies[place] or (whole := _whole(place, pieces)) is None:
+                self._gather(place, pieces)
             else:
-                self._gather(copy, weight)
+                place.pack(whole)
 
-    def _gather(self, copy: Copy, weight: Tensor) -> None:
-        place = copy.place
+    def _gather(self, place: Place, pieces: Sequence[Piece]) -> None:
         gathered = self._gathered.get(place)
         if gathered is None:
             gathered = torch.empty(place.shape, dtype=place.parameter.dtype)
             self._gathered[place] = gathered
-        copy.target(gathered).copy_(copy.source(weight))
-        self._outstanding[place] -= 1
+        _copy(pieces, gathered)
+        self._outstanding[place] -= len(pieces)
         if not self._outstanding[place]:
             place.pack(self._gathered.pop(place))
 
 
-def _dealt(places: Iterable[Place]) -> dict[Place, int]:
-    """A thread for each place, so that no two work on one; all have about as much to do."""
-    loads = [0] * AT_ONCE
+def _copy(pieces: Iterable[Piece], target: Tensor) -> None:
+    for copy, weight, _ in pieces:
+        copy.target(target).copy_(copy.source(weight))
+
+
+def _whole(place: Place, pieces: Iterable[Piece]) -> Tensor | None:
+    """Of all pieces of a place, where they lie side by side: weights that vLLM joins arrive so."""
+    found = set()
+    for copy, weight, _ in pieces:
+        if copy.shift is None:
+            return None
+        found.add((_storage(weight), weight.dtype, weight.storage_offset() + copy.shift))
+    if len(found) > 1:
+        return None
+    ((_, _, offset),) = found
+    return weight.as_strided(place.shape, place.whole.stride, offset)
+
+
+def _dealt(places: Iterable[Place], number: int) -> dict[Place, int]:
+    """One of `number` threads for each place: no two work on one, and all have as much to do."""
+
+    def cost(place: Place) -> int:
+        return place.shape.numel() + (_CHOOSING if place.is_packed else _CALLING)
+
+    loads = [0] * number
     threads = {}
-    for place in places:
+    for place in sorted(places, key=cost, reverse=True):
         threads[place] = loads.index(min(loads))
-        loads[threads[place]] += place.shape.numel()
+        loads[threads[place]] += cost(place)
     return threads
 
 

@@ -50,11 +50,12 @@ def split_buckets(weights: Sequence[WeightMeta], bucket_bytes: int) -> Iterator[
 def views(bucket: Sequence[WeightMeta], buffer: torch.Tensor) -> Iterator[torch.Tensor]:
     """The bucket's tensors as views of `buffer`, a uint8 tensor of `buffer_bytes(bucket)`."""
     start = 0
+    as_type = {dtype: buffer.view(getattr(torch, dtype)) for dtype in {m.dtype for m in bucket}}
     for meta in bucket:
-        size = num_bytes(meta)
-        flat = buffer[start : start + size].view(getattr(torch, meta.dtype))
-        yield flat.view(meta.shape)
-        start += padded(size)
+        typed = as_type[meta.dtype]
+        first, size = start // typed.itemsize, math.prod(meta.shape)
+        yield typed[first : first + size].view(meta.shape)
+        start += padded(size * typed.itemsize)
 
 
 def buffer_bytes(bucket: Sequence[WeightMeta]) -> int:

@@ -80,16 +80,13 @@ class DeepSpeedRank:
         )
         self._agree_on_vision(policy)
         self._adapters = lora.attach(policy.vlm, settings.model, settings.seed)
+        self._source = self._source_of(policy)
         self._engine = self._deepspeed.initialize(
             model=policy, optimizer=adamw(policy, settings.learner), config=zero_config(settings)
         )[0]
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
         self._files = _state_files(self._engine)
-        gather = WholeOnFirst() if self._stage == 3 else None
-        self._source = (
-            self._adapters.source(gather) if self._adapters else ModuleSource(policy.vlm, gather)
-        )
         self._updater = Updater(self, self._reader, settings)
         self._imitator = Imitator(self, self._reader, settings)
         self._version = 0
@@ -197,6 +194,15 @@ class DeepSpeedRank:
         return next((error for error in errors if error), "")
 
     # The rest is ours.
+
+    def _source_of(self, policy: models.Policy) -> ModuleSource:
+        gather = WholeOnFirst() if self._stage == 3 else None
+        if self._adapters:
+            return self._adapters.source(gather)
+        source = ModuleSource(policy.vlm, gather)
+        if self._stage == 0 and self.rank == 0 and self.device.type == "cpu":
+            source.lay_out()
+        return source
 
     def _write_model(self, folder: Path) -> None:
         state: dict[str, Tensor] = {}

@@ -55,7 +55,8 @@ def summary(source: WeightSource, digests: dict[str, str], started: float) -> Se
 
 
 class GlooSender:
-    """Packs a bucket, and gathers and packs the next while the first is on its way."""
+    """Packs a bucket, and gathers and packs the next while the first is on its way. What lies
+    packed already goes as it lies."""
 
     def __init__(self, plan: SyncPlan, rank: int, source: WeightSource) -> None:
         self._plan = plan
@@ -71,7 +72,9 @@ class GlooSender:
                 0,
                 plan.world_size,
                 plan.timeout_s,
+                plan.bucket_bytes,
                 slot_bytes=max(map(buffer_bytes, buckets)),
+                weights=source.memory(),
                 share_memory=plan.share_memory,
             )
         except RuntimeError as error:
@@ -91,26 +94,29 @@ class GlooSender:
 
     def _send(self) -> Sent:
         started = time.perf_counter()
+        start = 0  # of the bucket, in bytes
         digests: dict[str, str] = {}
         failure: Exception | None = None
         lane = self._lane
+        # Where the lane says otherwise nothing is gathered: other ranks need not cut as rank 0.
+        bucket_bytes = lane.bucket_bytes if lane else self._plan.bucket_bytes
         leaving: list[Future[None]] = []
         with ThreadPoolExecutor(1, "medrl-send") as thread:
-            for number, (bucket, tensors) in enumerate(
-                self._source.buckets(self._plan.bucket_bytes)
-            ):
+            for number, (bucket, tensors) in enumerate(self._source.buckets(bucket_bytes)):
                 if lane is None or failure:
                     continue  # the other ranks gather on: leaving them alone would hang them
                 try:
                     if number >= 2:
                         leaving[number - 2].result()
-                    slot = lane.slot(number, buffer_bytes(bucket))
-                    for meta, tensor, view in zip(
-                        bucket, tensors, views(bucket, slot), strict=True
-                    ):
-                        view.copy_(tensor)
-                        digests[meta.name] = digest(view)
+                    slot = lane.slot(number, start, buffer_bytes(bucket))
+                    start += slot.numel()
+                    wholes = list(tensors)
+                    for tensor, view in zip(wholes, views(bucket, slot), strict=True):
+                        if tensor.data_ptr() != view.data_ptr():
+                            view.copy_(tensor)
                     leaving.append(thread.submit(self._pass_on, lane, number, slot))
+                    for meta, tensor in zip(bucket, wholes, strict=True):
+                        digests[meta.name] = digest(tensor)
                 except WeightSyncError as error:
                     failure = error
             for sending in leaving[-2:]:

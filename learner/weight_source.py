@@ -7,14 +7,17 @@ for element, without moving anything. Torch only; DeepSpeed's gather is handed i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
+from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch.nn import Module, Parameter
 
+from medrl.actors.common_memory import Memory
 from medrl.actors.types import WeightMeta
-from medrl.actors.wire import split_buckets
+from medrl.actors.wire import buffer_bytes, num_bytes, padded, split_buckets
 
 Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
 
@@ -33,6 +36,10 @@ class WeightSource(Protocol):
         Whole where they are sent from: on other ranks they may be empty."""
         ...
 
+    def memory(self) -> Memory | None:
+        """In which the tensors themselves lie, as packed buckets do; None where they do not."""
+        ...
+
 
 class ModuleSource:
     """A `WeightSource` over a module under any ZeRO stage.
@@ -42,15 +49,46 @@ class ModuleSource:
     """
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:
-        self._parameters = dict(module.named_parameters())  # a tied tensor is listed once
+        self._parameters = _side_by_side(module.named_parameters())  # a tied tensor is listed once
         self.gather: Gather = gather or (lambda parameters: nullcontext())
+        self._memory: Memory | None = None
+
+    def lay_out(self) -> None:
+        """Move the parameters, on a CPU, to memory that engines of the same machine can map: what
+        they read is then what the optimiser writes, and no sync copies it. Where there is no such
+        memory, or other code moves them on, syncs copy as ever."""
+        with suppress(OSError):
+            self._memory = Memory(buffer_bytes(self.metadata()))
+            for parameter, place in zip(self._parameters.values(), self._places(), strict=True):
+                parameter.data = place.copy_(parameter.data)
+
+    def memory(self) -> Memory | None:
+        if self._memory and not all(
+            parameter.data_ptr() == place.data_ptr()
+            for parameter, place in zip(self._parameters.values(), self._places(), strict=True)
+        ):
+            self._memory = None
+        return self._memory
+
+    def _places(self) -> Iterator[torch.Tensor]:
+        """Each parameter's in the memory, with a storage of its own."""
+        assert self._memory is not None
+        start = 0
+        for meta in self.metadata():
+            part = self._memory.part(start, num_bytes(meta))
+            yield part.view(getattr(torch, meta.dtype)).view(meta.shape)
+            start += padded(num_bytes(meta))
 
     def metadata(self) -> tuple[WeightMeta, ...]:
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> tuple[WeightMeta, ...]:
         return tuple(
             WeightMeta(
                 name=name,
                 dtype=str(parameter.dtype).removeprefix("torch."),
-                shape=tuple(getattr(parameter, "ds_shape", parameter.shape)),
+                shape=_shape(parameter),
             )
             for name, parameter in self._parameters.items()
         )
@@ -62,3 +100,18 @@ class ModuleSource:
             parameters = [self._parameters[meta.name] for meta in bucket]
             with self.gather(parameters):
                 yield bucket, [parameter.data for parameter in parameters]
+
+
+def _side_by_side(named: Iterable[tuple[str, Parameter]]) -> dict[str, Parameter]:
+    """As they come, but in each block (attention, MLP) weights before biases: what an engine joins,
+    such as queries, keys and values, is then already one piece."""
+    blocks = groupby(named, lambda one: one[0].rsplit(".", 2)[0])
+    return {
+        name: parameter
+        for _, block in blocks
+        for name, parameter in sorted(block, key=lambda one: len(_shape(one[1])) < 2)
+    }
+
+
+def _shape(parameter: Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

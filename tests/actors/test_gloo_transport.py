@@ -128,12 +128,15 @@ def transfer(
     *,
     bucket_bytes: int,
     share_memory: bool = True,
+    laid_out: bool = False,
     kind: type[GlooSender] = GlooSender,
     loader: type[Loaded] = Loaded,
 ) -> tuple[Sent, list[Loaded], list[dict[str, str]]]:
     """From one sender to two receivers, twice: a group serves many pushes."""
     agreed = plan(2, bucket_bytes=bucket_bytes, share_memory=share_memory)
     source = ModuleSource(sent_from)
+    if laid_out:
+        source.lay_out()
     pairs = [receiver(loader), receiver(loader)]
     paths = [folder / "a.json", folder / "b.json"]
     with ThreadPoolExecutor(3) as threads:
@@ -161,14 +164,19 @@ def transfer(
     )
 
 
+@pytest.mark.parametrize("laid_out", [True, False], ids=["laid out", "anywhere"])
 @pytest.mark.parametrize("share_memory", [True, False])
 @pytest.mark.parametrize("bucket_bytes", [1, 256, 10**6], ids=["a tensor each", "some", "one"])
 def test_every_engine_gets_every_tensor_bit_for_bit(
-    bucket_bytes: int, share_memory: bool, tmp_path: Path
+    bucket_bytes: int, share_memory: bool, laid_out: bool, tmp_path: Path
 ) -> None:
     original = module()
     sent, models, digests = transfer(
-        original, tmp_path, bucket_bytes=bucket_bytes, share_memory=share_memory
+        original,
+        tmp_path,
+        bucket_bytes=bucket_bytes,
+        share_memory=share_memory,
+        laid_out=laid_out,
     )
     assert sent.tensors == 4
     assert sent.bytes == 3 * 2 + 35 * 4 + 1 * 2 + 40 * 33 * 4
@@ -192,6 +200,60 @@ def test_a_slow_engine_gets_what_a_quick_one_gets(share_memory: bool, tmp_path: 
     for loaded in models:
         for name, parameter in original.named_parameters():
             assert torch.equal(loaded.tensors[name], parameter), name
+
+
+def test_laying_weights_out_changes_none_of_them() -> None:
+    """They train on there, ties and types as they were."""
+    model, untouched = module(), module()
+    model.register_parameter("tied", model.w1)
+    source = ModuleSource(model)
+    source.lay_out()
+    assert model.tied is model.w1
+    assert all(map(torch.equal, model.parameters(), untouched.parameters()))
+    memory = source.memory()
+    assert memory is not None
+    assert memory.size == buffer_bytes(source.metadata())
+    sum(one.float().sum() for one in model.parameters()).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    lying = views(source.metadata(), memory.part(0, memory.size))
+    assert all(map(torch.equal, lying, model.parameters()))
+    assert not torch.equal(model.w1, untouched.w1)
+
+
+def test_weights_that_were_moved_on_are_copied() -> None:
+    """DeepSpeed has bfloat16 weights in buffers of its own."""
+    model = module()
+    source = ModuleSource(model)
+    source.lay_out()
+    assert source.memory() is not None
+    model.w3.data = model.w3.data.clone()
+    assert source.memory() is None
+
+
+def test_weights_moved_on_under_an_open_group_still_arrive(tmp_path: Path) -> None:
+    class MovedOn(GlooSender):
+        def send(self) -> Sent:
+            original.w1.data = original.w1.data + 1
+            return super().send()
+
+    original = module()
+    sent, models, digests = transfer(
+        original, tmp_path, bucket_bytes=1, laid_out=True, kind=MovedOn
+    )
+    for loaded, received in zip(models, digests, strict=True):
+        assert received == sent.digests
+        assert torch.equal(loaded.tensors["w1"], original.w1)
+
+
+def test_what_an_engine_joins_is_sent_side_by_side() -> None:
+    """Queries, keys and values have biases, which come after all three."""
+    block = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q_proj", "k_proj", "v_proj")})
+    model = nn.ModuleDict({"norm": nn.LayerNorm(2), "attention": block})
+    names = [meta.name for meta in ModuleSource(model).metadata()]
+    assert names == [
+        *("norm.weight", "norm.bias"),
+        *(f"attention.{one}_proj.{kind}" for kind in ("weight", "bias") for one in "qkv"),
+    ]
 
 
 class FlipsOneBit(GlooSender):

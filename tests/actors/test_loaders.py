@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from medrl.actors.loaders import Copy, Part, Place, PlannedLoader, record
+from medrl.actors.loaders import Copy, Part, Place, PlannedLoader, _dealt, record
 from medrl.actors.types import WeightMeta
 
 pytestmark = pytest.mark.engines
@@ -246,14 +247,87 @@ def test_what_is_more_than_a_copy_is_left_to_vllm(loader: Callable[..., None]) -
     assert model.kept.tolist() == [[0, 0]] * 4
 
 
-def test_a_weight_that_is_turned_is_not_packed_as_it_is() -> None:
+class Packed(nn.Module):
+    """A linear layer as vLLM leaves it: a packed copy, and a weight without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def matrix(self) -> list[list[float]]:
+        """What it computes with, [4, 2]."""
+        rows: Tensor = self.cpu_linear(torch.eye(2), None, None).t()
+        return rows.tolist()
+
+
+def loader_of_rows(layer: Packed) -> PlannedLoader:
+    """Weights `a` and `b`, [2, 2], are its upper and its lower rows."""
+    place = Place(layer=layer, name="weight", shape=torch.Size([4, 2]))
+    whole, half = (torch.empty(rows, 2, device="meta") for rows in (4, 2))
+    return PlannedLoader(
+        layer,
+        {
+            name: [Copy(source=Part.of(half), place=place, target=Part.of(rows))]
+            for name, rows in zip("ab", whole.split(2), strict=True)
+        },
+    )
+
+
+JOINED = [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_weights_that_are_joined_are_packed_from_where_they_lie_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, told = Packed(), []
+    loader = loader_of_rows(layer)
+    monkeypatch.setattr(loader, "_gather", None)  # which would copy them first
+    bucket = torch.arange(-3.0, 8.0)
+    weights = {"b": bucket[7:].view(2, 2), "a": bucket[3:7].view(2, 2)}
+    loader.begin()
+    loader.load(list(weights.items()), lambda name, weight: told.append(name))
+    loader.end()
+    assert layer.matrix() == JOINED
+    assert sorted(told) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", ["apart", "in other order", "in another memory", "one by one"])
+def test_weights_that_are_joined_are_copied_where_they_lie_otherwise(how: str) -> None:
+    a, b = torch.arange(4.0), torch.arange(4.0, 8.0)
+    if how == "apart":
+        a, _, b = torch.cat([a, torch.zeros(1), b]).split([4, 1, 4])
+    if how == "in other order":
+        b, a = torch.cat([b, a]).split(4)
+    layer = Packed()
+    loader = loader_of_rows(layer)
+    loader.begin()
+    weights = [("a", a.view(2, 2)), ("b", b.view(2, 2))]
+    for some in [[one] for one in weights] if how == "one by one" else [weights]:
+        loader.load(some, ignore)
+    loader.end()
+    assert layer.matrix() == JOINED
+
+
+def test_a_weight_that_is_turned_or_cut_does_not_lie_as_it_will() -> None:
     """A square one, whose shape does not tell."""
     weight = torch.empty(2, 2, device="meta")
     place = Place(layer=nn.Module(), name="w", shape=weight.shape)
     straight = Copy(source=Part.of(weight), place=place, target=Part.of(weight))
-    assert straight.fills_place
-    assert not replace(straight, source=Part.of(weight.t())).fills_place
-    assert not replace(straight, target=Part.of(weight.t())).fills_place
+    assert straight.shift == 0
+    assert replace(straight, source=Part.of(weight.t())).shift is None
+    assert replace(straight, target=Part.of(weight.t())).shift is None
+    row, column = Part.of(weight[1]), Part.of(weight[:, 1])
+    assert replace(straight, source=row, target=Part.of(weight[0])).shift == 2
+    assert replace(straight, source=column, target=row).shift is None
+
+
+def test_threads_have_as_much_to_do() -> None:
+    """However unlike places are: choosing a layout takes as long for small ones as for large."""
+    shapes = [(1000, 1000), *[(10, 10)] * 4, (1200, 1000)]
+    places = [Place(layer=Packed(), name="weight", shape=torch.Size(shape)) for shape in shapes]
+    threads = _dealt(places, 2)
+    assert Counter(threads.values()) == {0: 3, 1: 3}
+    assert threads[places[0]] != threads[places[-1]]
 
 
 def test_a_layer_of_another_kind_is_left_to_vllm() -> None:

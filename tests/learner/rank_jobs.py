@@ -139,6 +139,7 @@ def going_on(
         "resumed": rank.values(),
         "losses": [(a.loss, b.loss) for a, b in zip(metrics, again, strict=True)],
         "rates": [(a.learning_rate, b.learning_rate) for a, b in zip(metrics, again, strict=True)],
+        "laid out": rank._source.memory() is not None,
     }
 
 
@@ -185,7 +186,7 @@ def odd_parts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch | None = None) -> di
     """Parameters that no number of ranks divides, in buckets that grow, and rank 0 is slow with
     each. With `monkeypatch` the last rank is on another machine."""
     if monkeypatch and ranks.rank == ranks.world - 1:
-        monkeypatch.setattr(Offer, "mapped", lambda offer: None)
+        monkeypatch.setattr(Offer, "mapped", lambda offer, **access: None)
     gather, same = WholeOnFirst(), []
     for seed, sizes in enumerate([(3,), (7, 5), (1, 11), (501, 9), (3, 8), (501,), (499,), (2,)]):
         generator = torch.Generator().manual_seed(seed)

@@ -126,6 +126,16 @@ def test_going_on_from_a_checkpoint_equals_not_stopping(
     assert all(want == got for want, got in found["rates"])
 
 
+@pytest.mark.parametrize(("stage", "dtype"), GOING_ON)
+def test_without_zero_weights_stay_where_engines_can_read_them(
+    stage: int, dtype: str, results: dict[int, dict[str, Any]]
+) -> None:
+    """Through updates, a checkpoint and its loading. Elsewhere DeepSpeed has them in its own
+    buffers, and a sync copies them."""
+    laid_out = results[2][f"going on {stage} {dtype}"]["laid out"]
+    assert laid_out == (stage == 0 and dtype == "float32")
+
+
 def test_a_checkpoint_of_another_stage_is_refused(results: dict[int, dict[str, Any]]) -> None:
     assert "zero_stage = 2, this run 3" in results[2]["other run"]
 
@@ -162,7 +172,8 @@ def test_rank_0_gets_whole_what_other_ranks_write_ahead_of_it(
     world: int, results: dict[int, dict[str, Any]]
 ) -> None:
     together, apart = results[world]["odd parts"], results[world]["odd parts apart"]
-    assert (together["in common"], apart["in common"]) == (True, False)
+    alone = world == 1  # a rank has its own memory wherever it is
+    assert (together["in common"], apart["in common"]) == (True, alone)
     assert len(together["same"]) == len(apart["same"]) == 12
     assert all(together["same"])
     assert all(apart["same"])
