@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 from medrl.bench import records, tables
 from medrl.bench.check import check_all
 from medrl.bench.facts import Refused
-from medrl.bench.frame import LEAST_PAIRS, Benchmark, Options
+from medrl.bench.frame import LEAST_PAIRS, Benchmark, Case, Options
 from medrl.bench.page import PAGE, make_page
 from medrl.reports.markdown import Table
 
@@ -66,13 +66,18 @@ def load(name: str) -> Benchmark:
 
 
 def _measure(benchmark: Benchmark, options: Options) -> None:
-    record = records.make_record(benchmark, benchmark.run(options))
+    record = records.make_record(benchmark, benchmark.run(options, _tell))
     _show(tables.measured(benchmark, record))
     if options.short:
         return
     if found := tables.targets(benchmark, record):
         _show(found)
     print(f"recorded in {records.append(record)}")
+
+
+def _tell(case: Case) -> None:
+    ratios = ", ".join(f"{ratio:.3g}" for ratio in case.ratios)
+    print(f"{case.name}: ratios {ratios}", flush=True)
 
 
 def _check(options: Options) -> int:

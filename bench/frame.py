@@ -8,7 +8,7 @@ median is reported, with the least and the most.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -104,13 +104,17 @@ class Benchmark:
     ours: str  # what the two sides are
     other: str
     text: str  # what is measured and how, in a paragraph
-    measure: Callable[[Options], list[Case]]
+    measure: Callable[[Options], Iterable[Case]]
     targets: tuple[Target, ...] = ()
     checked: bool = True  # whether `make bench-check` runs its short form
 
-    def run(self, options: Options) -> list[Case]:
-        """Measure all cases. Raises `Refused`, also where a target is of no case."""
-        cases = {case.name: case for case in self.measure(options)}
+    def run(self, options: Options, told: Callable[[Case], None] = lambda case: None) -> list[Case]:
+        """Measure all cases; each is `told` as it comes, for a later one may end the process.
+        Raises `Refused`, also where a target is of no case."""
+        cases = {}
+        for case in self.measure(options):
+            cases[case.name] = case
+            told(case)
         for target in () if options.short else self.targets:
             if target.case not in cases:
                 raise Refused(f"{self.name}: no case {target.case!r} was measured for its target")

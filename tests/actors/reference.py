@@ -116,6 +116,7 @@ class Reference:
 
     async def open_transfer(self, plan: SyncPlan) -> None:
         source = ModuleSource(self.model)
+        source.lay_out()
         self._sender = await asyncio.to_thread(open_sender, plan, 0, source)
 
     async def send(self) -> Sent:
