@@ -24,8 +24,8 @@ _OFFER_BYTES = 512
 
 class Memory:
     """New memory of this process, zeros. Others can map it until it is closed; what is mapped, here
-    too, stays. Raises `OSError` where there can be none: it may be forbidden, and a limit on the
-    size of files counts here too."""
+    too, stays. Raises `OSError` or `RuntimeError` where there can be none: it may be forbidden, and
+    a limit on the size of files counts here too."""
 
     def __init__(self, size: int) -> None:
         self.size = size  # bytes
@@ -67,7 +67,7 @@ def agree(
     alone sees. A collective. Raises `RuntimeError` past the group's timeout."""
     with ExitStack() as made:
         if not rank and share and memory is None:
-            with suppress(OSError):
+            with suppress(OSError, RuntimeError):
                 memory = Memory(size)
                 made.callback(memory.close)
         offer = memory.offer if memory is not None and share else Offer(size=size)

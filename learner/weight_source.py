@@ -57,26 +57,26 @@ class ModuleSource:
         """Move the parameters, on a CPU, to memory that engines of the same machine can map: what
         they read is then what the optimiser writes, and no sync copies it. Where there is no such
         memory, or other code moves them on, syncs copy as ever."""
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             self._memory = Memory(buffer_bytes(self.metadata()))
-            for parameter, place in zip(self._parameters.values(), self._places(), strict=True):
-                parameter.data = place.copy_(parameter.data)
+        for parameter, place in self._places():
+            parameter.data = place.copy_(parameter.data)
 
     def memory(self) -> Memory | None:
-        if self._memory and not all(
-            parameter.data_ptr() == place.data_ptr()
-            for parameter, place in zip(self._parameters.values(), self._places(), strict=True)
-        ):
+        if any(parameter.data_ptr() != place.data_ptr() for parameter, place in self._places()):
             self._memory = None
         return self._memory
 
-    def _places(self) -> Iterator[torch.Tensor]:
-        """Each parameter's in the memory, with a storage of its own."""
-        assert self._memory is not None
-        start = 0
+    def _places(self) -> Iterator[tuple[Parameter, torch.Tensor]]:
+        """Each parameter, and where it belongs in the memory: a tensor with a storage of its own.
+        None where there is no such memory."""
+        memory, start = self._memory, 0
+        if memory is None:
+            return
         for meta in self.metadata():
-            part = self._memory.part(start, num_bytes(meta))
-            yield part.view(getattr(torch, meta.dtype)).view(meta.shape)
+            part = memory.part(start, num_bytes(meta))
+            place = part.view(getattr(torch, meta.dtype)).view(meta.shape)
+            yield self._parameters[meta.name], place
             start += padded(num_bytes(meta))
 
     def metadata(self) -> tuple[WeightMeta, ...]:
