@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from medrl.actors.types import WeightMeta
 from medrl.actors.wire import split_buckets
 from medrl.configs.schema import ModelConfig
-from medrl.learner.weight_source import Gather, ModuleSource
+from medrl.learner.weight_source import Gather, ModuleSource, side_by_side
 
 _NAME = "default"  # PEFT's name for the one adapter of a layer
 _BASE, _ADAPTER = ".base_layer.", ".lora_"  # what PEFT puts into the names of parameters
@@ -82,11 +82,14 @@ class MergedSource(ModuleSource):
     def __init__(self, vlm: nn.Module, layers: dict[str, Any], gather: Gather | None) -> None:
         super().__init__(vlm, gather)
         self._layers = {f"{name}.weight": layer for name, layer in layers.items()}
-        self._parameters = {
-            name.replace(_BASE, "."): parameter
-            for name, parameter in self._parameters.items()
+        self._parameters = side_by_side(
+            (name.replace(_BASE, "."), parameter)
+            for name, parameter in vlm.named_parameters()
             if _ADAPTER not in name
-        }
+        )
+
+    def lay_out(self) -> None:
+        """Nothing: what is sent is merged, and lies nowhere before."""
 
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[Sequence[WeightMeta], Iterable[Tensor]]]:
         for bucket in split_buckets(self.metadata(), bucket_bytes):

@@ -37,7 +37,8 @@ class WeightSource(Protocol):
         ...
 
     def memory(self) -> Memory | None:
-        """In which the tensors themselves lie, as packed buckets do; None where they do not."""
+        """In which the tensors that `buckets` yields lie, as packed buckets do; None where they do
+        not."""
         ...
 
 
@@ -49,7 +50,7 @@ class ModuleSource:
     """
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:
-        self._parameters = _side_by_side(module.named_parameters())  # a tied tensor is listed once
+        self._parameters = side_by_side(module.named_parameters())  # a tied tensor is listed once
         self.gather: Gather = gather or (lambda parameters: nullcontext())
         self._memory: Memory | None = None
 
@@ -57,6 +58,8 @@ class ModuleSource:
         """Move the parameters, on a CPU, to memory that engines of the same machine can map: what
         they read is then what the optimiser writes, and no sync copies it. Where there is no such
         memory, or other code moves them on, syncs copy as ever."""
+        if not all(parameter.is_contiguous() for parameter in self._parameters.values()):
+            return  # other ranks have them as they are, and are sent rank 0's bytes
         with suppress(OSError, RuntimeError):
             self._memory = Memory(buffer_bytes(self.metadata()))
         for parameter, place in self._places():
@@ -102,7 +105,7 @@ class ModuleSource:
                 yield bucket, [parameter.data for parameter in parameters]
 
 
-def _side_by_side(named: Iterable[tuple[str, Parameter]]) -> dict[str, Parameter]:
+def side_by_side(named: Iterable[tuple[str, Parameter]]) -> dict[str, Parameter]:
     """As they come, but in each block (attention, MLP) weights before biases: what an engine joins,
     such as queries, keys and values, is then already one piece."""
     blocks = groupby(named, lambda one: one[0].rsplit(".", 2)[0])

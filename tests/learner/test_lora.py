@@ -17,6 +17,7 @@ from medrl.configs.schema import ModelConfig
 from medrl.learner import lora, tiny
 from medrl.learner.model import Policy, PromptReader, load_policy, save_model
 from medrl.learner.update import Updater
+from medrl.learner.weight_source import ModuleSource
 
 both = pytest.mark.parametrize("vision", [False, True], ids=["language", "tower too"])
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -106,7 +107,7 @@ def test_others_see_the_names_shapes_and_order_of_the_model_without_adapters(
     family: str, vision: bool, make: Any, tmp_path: Path
 ) -> None:
     made = make(family, vision)
-    plain = {n: tuple(p.shape) for n, p in ordinary(made.model).named_parameters()}
+    plain = {m.name: m.shape for m in ModuleSource(ordinary(made.model)).metadata()}
     sent = {meta.name: meta.shape for meta in made.source.metadata()}
     assert list(sent.items()) == list(plain.items())
     assert {name: tuple(tensor.shape) for name, tensor in made.merged().items()} == plain

@@ -18,6 +18,7 @@ from medrl.actors.types import UpdateMetrics
 from medrl.configs.schema import ModelConfig
 from medrl.learner.model import PromptReader, load_policy
 from medrl.learner.update import Updater
+from medrl.learner.weight_source import ModuleSource
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 MODEL = "qwen2_vl"
@@ -146,8 +147,7 @@ def test_export_and_adapter_of_two_ranks_load_and_give_the_learners_logprobs(
 
     folder, reader = results[2]["out"] / "export", readers[MODEL]
     start, merged = ordinary(tiny_models[MODEL]), ordinary(folder)
-    sent = [(meta.name, meta.shape) for meta in results[2]["exported"]["weights"]]
-    assert sent == [(name, tuple(p.shape)) for name, p in start.named_parameters()]
+    assert results[2]["exported"]["weights"] == ModuleSource(start).metadata()
     adapted = PeftModel.from_pretrained(start, folder / "adapter")
     batch = mixed_batch(reader)
     for scored, of_group in zip(batch, results[2]["exported"]["logprobs"], strict=True):
