@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from weakref import finalize
 
 import torch
@@ -47,7 +48,7 @@ class Agreed:
     """What a group agreed on."""
 
     size: int  # bytes, as rank 0 said
-    note: str  # likewise
+    note: Mapping[str, int]  # likewise
     memory: Tensor | None  # [size] uint8, the same for all; None: one of them cannot map it
 
 
@@ -59,23 +60,25 @@ def agree(
     *,
     memory: Memory | None = None,
     share: bool = True,
-    note: str = "",
+    note: Mapping[str, int] | None = None,
     writable: bool = True,
 ) -> Agreed:
     """Map `size` bytes of rank 0's, new ones or those of its `memory`, unless it does not `share`.
     All this, and the `note`, is rank 0's to say. Not `writable`: what another rank writes there it
-    alone sees. A collective. Raises `RuntimeError` past the group's timeout."""
+    alone sees, and what rank 0 writes to that page it sees no more. A collective. Raises
+    `RuntimeError` past the group's timeout."""
     with ExitStack() as made:
+        offered = memory
         if not rank and share and memory is None:
             with suppress(OSError, RuntimeError):
-                memory = Memory(size)
-                made.callback(memory.close)
-        offer = memory.offer if memory is not None and share else Offer(size=size)
-        told = replace(offer, note=note).written()
+                offered = Memory(size)
+                made.callback(offered.close)
+        offer = offered.offer if offered is not None and share else Offer(size=size)
+        told = replace(offer, note=note or {}).written()
         collective(group, "broadcast", told, 0)
         offer = Offer.read(told)
-        mine = memory if share and not rank else None
-        seen = mine.part(0, size) if mine else offer.mapped(writable=writable)
+        mine = memory if share else None
+        seen = mine.part(0, size) if mine else offer.mapped(writable=writable or not rank)
         mapped = torch.tensor([int(seen is not None)])
         collective(group, "allreduce", mapped)
     everywhere = mapped.item() == world_size
@@ -89,7 +92,7 @@ class Offer:
     size: int  # bytes
     path: str = ""  # of its file descriptor; empty: it is not to be shared
     token: str = ""  # what follows it: another machine may have something else at that path
-    note: str = ""  # to the group
+    note: Mapping[str, int] = field(default_factory=dict)  # to the group
 
     def written(self) -> Tensor:
         text = json.dumps(asdict(self)).ljust(_OFFER_BYTES)

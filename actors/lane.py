@@ -9,10 +9,8 @@ machine, or in a container of its own), all get broadcasts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -27,21 +25,6 @@ others have then asked for that one, so they have begun with the one before it, 
 one before that still, and are done with the one that lies in the slot."""
 
 _BESIDE = 2  # threads: gloo's, and one of the other end's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Note:
-    """Rank 0's, to those who join."""
-
-    slot_bytes: int
-    has_all: bool  # weights lie in its memory as they are sent
-
-    def written(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> _Note:
-        return cls(**json.loads(text))
 
 
 class Lane:
@@ -74,25 +57,24 @@ class Lane:
                 weights.size if weights else SLOTS * slot_bytes,
                 memory=weights,
                 share=share_memory,
-                note=_Note(slot_bytes=slot_bytes, has_all=weights is not None).written(),
+                note={"slot_bytes": slot_bytes, "has_all": weights is not None},
                 writable=False,
             )
         except BaseException:
             self.close()  # else the others would wait until their deadline
             raise
-        note = _Note.read(agreed.note)
+        self._slot_bytes = agreed.note["slot_bytes"]
         self.shares_memory = agreed.memory is not None
-        all_see_all = note.has_all and self.shares_memory
+        all_see_all = bool(agreed.note["has_all"]) and self.shares_memory
         # As all ranks are to cut buckets: what all see need not be cut.
         self.bucket_bytes = agreed.size if all_see_all else bucket_bytes
         self._has_all = all_see_all or weights is not None
-        self._slot_bytes = note.slot_bytes
         if agreed.memory is not None:
             self._memory = agreed.memory
         elif weights is not None:
             self._memory = weights.part(0, weights.size)
         else:
-            self._memory = torch.empty(SLOTS * note.slot_bytes, dtype=torch.uint8)
+            self._memory = torch.empty(SLOTS * self._slot_bytes, dtype=torch.uint8)
 
     def slot(self, number: int, start: int, size: int) -> Tensor:
         """[size] uint8: where bucket `number` lies on this rank. `start`: bytes of those before."""

@@ -79,8 +79,8 @@ def make_loader(
     weights: Sequence[WeightMeta],
     threads: int,
 ) -> Loader:
-    """The quickest that is right for `model`, where every update brings `weights`. `threads`: what
-    torch may compute with."""
+    """The quickest that is right for `model`, where every update brings `weights`. `threads`: see
+    `PlannedLoader`."""
     # zentorch may compute with the weight itself in place of a packed copy.
     packs = device.type == "cpu" and not current_platform.is_zen_cpu()
     if packs and (plan := record(model, weights)):
@@ -206,7 +206,7 @@ class PlannedLoader:
     """Copies weights to where vLLM's loaders would, and packs what vLLM packs."""
 
     def __init__(self, model: Module, plan: Plan, threads: int = 1) -> None:
-        """`threads`: what torch may compute with."""
+        """`threads`: what torch may compute with, but for those now spared."""
         self._model, self._plan = model, plan
         self._copies = Counter(copy.place for copies in plan.values() for copy in copies)
         self._outstanding: Counter[Place] = Counter()
@@ -219,7 +219,7 @@ class PlannedLoader:
                 1,
                 "medrl-load",
                 initializer=_use_threads,
-                initargs=(threads // at_once,),
+                initargs=(max(1, torch.get_num_threads() // at_once),),
             )
             for _ in range(at_once)
         ]
