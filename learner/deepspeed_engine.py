@@ -35,7 +35,7 @@ from medrl.learner import model as models
 from medrl.learner.batch import RowBatch
 from medrl.learner.checkpoint import LearnerState
 from medrl.learner.determinism import seed_process
-from medrl.learner.gathering import WholeOnFirst
+from medrl.learner.gathering import PartitionedSource, WholeOnFirst
 from medrl.learner.imitate import Imitator
 from medrl.learner.optimizer import adamw, gradient_norm
 from medrl.learner.settings import LearnerSettings
@@ -196,10 +196,13 @@ class DeepSpeedRank:
     # The rest is ours.
 
     def _source_of(self, policy: models.Policy) -> ModuleSource:
-        gather = WholeOnFirst() if self._stage == 3 else None
+        partitioned = self._stage == 3
         if self._adapters:
+            gather = WholeOnFirst(policy.vlm.parameters()) if partitioned else None
             return self._adapters.source(gather)
-        source = ModuleSource(policy.vlm, gather)
+        if partitioned:
+            return PartitionedSource(policy.vlm)
+        source = ModuleSource(policy.vlm)
         if self._stage == 0 and self.rank == 0 and self.device.type == "cpu":
             source.lay_out()
         return source

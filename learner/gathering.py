@@ -2,44 +2,56 @@
 
 DeepSpeed's `GatheredParameters` makes them whole on every rank, so each rank's bytes travel to all
 the others. A sync needs them once. Ranks of one machine do without travelling: each writes its part
-of a parameter into memory that rank 0 sees, beside the others' (`actors.common_memory`).
+of a parameter into memory that rank 0 sees, beside the others' (`actors.common_memory`). Engines of
+that machine read them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
-from medrl.actors.common_memory import agree
-from medrl.actors.wire import padded
-
-_SLOTS = 2  # the other ranks write one while rank 0 reads the other
+from medrl.actors.common_memory import Memory, agree
+from medrl.actors.types import WeightMeta
+from medrl.actors.wire import padded, split_buckets
+from medrl.learner.weight_source import ModuleSource
 
 
 class WholeOnFirst:
     """A `weight_source.Gather` for parameters that DeepSpeed has partitioned over all ranks.
 
     In the block rank 0 has the `data` of these, which nobody may change; on other ranks they stay
-    as they are. A collective. On CPUs two buckets of memory, of the largest so far, stay mapped.
+    as they are. A collective. On CPUs of one machine memory for all of them stays mapped.
     """
 
-    def __init__(self) -> None:
-        self._slots: Tensor | None = None  # [_SLOTS, bytes] uint8
-        self._shares = True  # until one rank could not
-        self._calls = 0
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        """`parameters`: all that will be asked for, in the order in which they are to lie."""
+        self._parameters: list[Any] = list(parameters)
+        self._memory: Memory | None = None
+
+    def memory(self) -> Memory | None:
+        """Rank 0's, in which what was gathered lies as packed buckets do; None on other ranks. A
+        collective."""
+        return self._memory if self.share_memory else None
+
+    @property
+    def share_memory(self) -> bool:
+        """Whether all ranks do. A collective."""
+        return self._places is not None
 
     @contextmanager
     def __call__(self, parameters: list[Parameter]) -> Iterator[None]:
         partitioned: list[Any] = list(parameters)
         parts = [one.ds_tensor.data.flatten().view(torch.uint8) for one in partitioned]
         before = [one.data for one in partitioned]
-        wholes = self._whole(parts)
+        wholes = _received(parts) if self._places is None else self._written(partitioned, parts)
         try:
             for one, whole in zip(partitioned, wholes, strict=False):
                 one.data = whole.view(one.dtype)[: one.ds_numel].view(one.ds_shape)
@@ -48,37 +60,59 @@ class WholeOnFirst:
             for one, data in zip(partitioned, before, strict=True):
                 one.data = data
 
-    def _whole(self, parts: list[Tensor]) -> list[Tensor]:
-        """All ranks' bytes of each part, one after the other; on ranks other than 0 none."""
-        world, rank = distributed.get_world_size(), distributed.get_rank()
-        sizes = [world * part.numel() for part in parts]
+    @cached_property
+    def _places(self) -> Mapping[Parameter, Tensor] | None:
+        """Where each lies, as bytes, in memory that all ranks see; None where there is none."""
+        if any(one.ds_tensor.device.type != "cpu" for one in self._parameters):
+            return None
+        sizes = [one.ds_numel * one.element_size() for one in self._parameters]
         *starts, total = accumulate(map(padded, sizes), initial=0)
-        slot = self._slot(total, parts[0].device)
-        if slot is None:
-            return _received(parts)
-        places = [slot[start:][:size] for start, size in zip(starts, sizes, strict=True)]
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        if not rank:
+            with suppress(OSError, RuntimeError):
+                self._memory = Memory(total)
+        memory = agree(distributed.group.WORLD, rank, world, total, memory=self._memory).memory
+        if memory is None:
+            return None
+        places = (memory[start:][:size] for start, size in zip(starts, sizes, strict=True))
+        return dict(zip(self._parameters, places, strict=True))
+
+    def _written(self, parameters: Iterable[Parameter], parts: Iterable[Tensor]) -> list[Tensor]:
+        """All bytes of each, where it lies; on ranks other than 0 none. A rank may be here again
+        while rank 0 still reads: weights change in steps of all ranks, so it writes what is there.
+        """
+        assert self._places is not None
+        rank = distributed.get_rank()
+        places = [self._places[one] for one in parameters]
         for place, part in zip(places, parts, strict=True):
-            place.view(world, -1)[rank].copy_(part)
+            mine = place[rank * part.numel() :][: part.numel()]
+            mine.copy_(part[: mine.numel()])  # the last of them are padding of DeepSpeed's
         distributed.barrier()
         return [] if rank else places
 
-    def _slot(self, size: int, device: torch.device) -> Tensor | None:
-        """Of at least `size` bytes; None where ranks have no memory in common. Rank 0 is done with
-        one when it comes to the barrier of the next, and no rank writes there before."""
-        self._shares = self._shares and device.type == "cpu"
-        if self._shares and (self._slots is None or self._slots.shape[1] < size):
-            self._slots = None  # gone with the last bucket's tensors
-            memory = agree(
-                distributed.group.WORLD,
-                distributed.get_rank(),
-                distributed.get_world_size(),
-                _SLOTS * size,
-            ).memory
-            self._shares = memory is not None
-            if memory is not None:
-                self._slots = memory.view(_SLOTS, -1)
-        self._calls += 1
-        return None if self._slots is None else self._slots[self._calls % _SLOTS]
+
+class PartitionedSource(ModuleSource):
+    """A `WeightSource` over a module under ZeRO 3."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__(module)
+        self._whole = WholeOnFirst(self._parameters.values())
+        self.gather = self._whole
+
+    def memory(self) -> Memory | None:
+        return self._whole.memory()
+
+    def buckets(
+        self, bucket_bytes: int
+    ) -> Iterator[tuple[Sequence[WeightMeta], Iterable[Tensor]]]:
+        """Where ranks share memory all are gathered at once, which takes each rank as long as
+        copying its part: how rank 0 cuts buckets is then its own affair."""
+        if not self._whole.share_memory:
+            yield from super().buckets(bucket_bytes)
+            return
+        with self._whole(list(self._parameters.values())):
+            for bucket in split_buckets(self.metadata(), bucket_bytes):
+                yield bucket, [self._parameters[meta.name].data for meta in bucket]
 
 
 def _received(parts: list[Tensor]) -> list[Tensor]:

@@ -62,6 +62,7 @@ class GlooSender:
         self._plan = plan
         self._source = source
         self._lane: Lane | None = None  # rank 0 alone has one
+        weights = source.memory()
         if rank:
             return
         buckets = split_buckets(source.metadata(), plan.bucket_bytes)
@@ -74,7 +75,7 @@ class GlooSender:
                 plan.timeout_s,
                 plan.bucket_bytes,
                 slot_bytes=max(map(buffer_bytes, buckets)),
-                weights=source.memory(),
+                weights=weights,
                 share_memory=plan.share_memory,
             )
         except RuntimeError as error:
@@ -98,7 +99,7 @@ class GlooSender:
         digests: dict[str, str] = {}
         failure: Exception | None = None
         lane = self._lane
-        # Where the lane says otherwise nothing is gathered: other ranks need not cut as rank 0.
+        # Where the lane says otherwise nothing is gathered by the bucket: other ranks cut as they like.
         bucket_bytes = lane.bucket_bytes if lane else self._plan.bucket_bytes
         leaving: list[Future[None]] = []
         with ThreadPoolExecutor(1, "medrl-send") as thread:

@@ -38,7 +38,7 @@ class WeightSource(Protocol):
 
     def memory(self) -> Memory | None:
         """In which the tensors that `buckets` yields lie, as packed buckets do; None where they do
-        not."""
+        not, and on other ranks than 0. A collective."""
         ...
 
 
