@@ -133,7 +133,11 @@ async def _of_run(model: Model, config: Config, pairs: int) -> list[Case]:
             system(config, checked, placement, requests, Interrupt()) as parts,
         ):
             weights = await parts.learner.weights()
-            settings = {"learner ranks": RANKS[stage], "threads": placement.threads}
+            settings = {
+                "learner ranks": RANKS[stage],
+                "threads a rank": placement.rank_threads,
+                "threads an engine": placement.engine_threads,
+            }
             for apart in ways:
                 pushes = Pushes(parts.learner, parts.pool, requests, share_memory=not apart)
                 moving = broadcasts(

@@ -46,24 +46,36 @@ class Placement:
     device: Literal["cpu", "gpu"]
     config: PlacementConfig
     group: PlacementGroup
-    threads: int  # compute threads of a process on the CPU
+    cores: int  # a machine's, shared by ranks and shared by engines: the two mostly take turns
     further: dict[int, PlacementGroup] = field(default_factory=dict)  # by index of engine
     ranks_placed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def rank_threads(self) -> int:
+        """Compute threads of a learner rank on CPUs."""
+        return max(1, self.cores // self.config.learners)
+
+    @property
+    def engine_threads(self) -> int:
+        """Compute threads of an engine on CPUs."""
+        return max(1, self.cores // self.config.max_engines)
+
     def rank_options(self, rank: int) -> dict[str, Any]:
-        return self._options(self.group, rank, gpus=0.5 if self.config.colocate else 1)
+        gpus = 0.5 if self.config.colocate else 1
+        return self._options(self.group, rank, gpus, self.rank_threads)
 
     async def engine_options(self, index: int) -> dict[str, Any]:
         """A further engine's are there once nothing more important waits for room."""
         gpus = self.config.gpus_per_engine
         if self.config.colocate:
-            return self._options(self.group, index, gpus=0.5)
+            return self._options(self.group, index, 0.5, self.engine_threads)
         if index < self.config.min_engines:
-            return self._options(self.group, self.config.learners + index, gpus=gpus)
+            bundle = self.config.learners + index
+            return self._options(self.group, bundle, gpus, self.engine_threads)
         await self.ranks_placed.wait()
         if index not in self.further:
             self.further[index] = placement_group([_engine_bundle(self.config, self.device)])
-        return self._options(self.further[index], 0, gpus=gpus)
+        return self._options(self.further[index], 0, gpus, self.engine_threads)
 
     def lacking(self, index: int) -> str:
         """What there is no room for, where engine `index` has none; else empty."""
@@ -103,23 +115,25 @@ class Placement:
 
     def reward_options(self) -> dict[str, Any]:
         """Outside the group: rewards need no GPU, and Ray may put them where there is room."""
-        return {"num_cpus": 0, "runtime_env": {"env_vars": self._environment()}}
+        return {"num_cpus": 0, "runtime_env": {"env_vars": self._environment(self.engine_threads)}}
 
-    def _options(self, group: PlacementGroup, bundle: int, gpus: float) -> dict[str, Any]:
+    def _options(
+        self, group: PlacementGroup, bundle: int, gpus: float, threads: int
+    ) -> dict[str, Any]:
         return {
             "num_cpus": self.config.cpus_per_process,
             "num_gpus": gpus if self.device == "gpu" else 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=bundle
             ),
-            "runtime_env": {"env_vars": self._environment()},
+            "runtime_env": {"env_vars": self._environment(threads)},
         }
 
-    def _environment(self) -> dict[str, str]:
-        threads = {"OMP_NUM_THREADS": str(self.threads)} if self.device == "cpu" else {}
+    def _environment(self, threads: int) -> dict[str, str]:
+        limit = {"OMP_NUM_THREADS": str(threads)} if self.device == "cpu" else {}
         local = ENVIRONMENT if ray.util.get_node_ip_address() == ADDRESS else {}
         quiet = {"TOKENIZERS_PARALLELISM": "false", "RAY_DISABLE_USAGE_STATS": "1"}
-        return threads | local | quiet
+        return limit | local | quiet
 
 
 @contextmanager
@@ -171,10 +185,9 @@ async def placed(config: Config) -> AsyncIterator[Placement]:
     layout = config.placement
     device = choose_device(layout)
     group = await _claim(layout, needed_bundles(layout, device))
-    sharing = max(layout.max_engines, layout.learners)  # the two kinds mostly take turns
     # The last digits of a sum follow from how many threads made it, and those from the layout.
-    threads = 1 if config.run.deterministic else max(1, (os.cpu_count() or 1) // sharing)
-    placement = Placement(device, layout, group, threads=threads)
+    cores = 1 if config.run.deterministic else os.cpu_count() or 1
+    placement = Placement(device, layout, group, cores=cores)
     yielding = asyncio.create_task(placement.yield_room())
     try:
         yield placement

@@ -80,10 +80,10 @@ class DeepSpeedRank:
         )
         self._agree_on_vision(policy)
         self._adapters = lora.attach(policy.vlm, settings.model, settings.seed)
-        self._source = self._source_of(policy)
         self._engine = self._deepspeed.initialize(
             model=policy, optimizer=adamw(policy, settings.learner), config=zero_config(settings)
         )[0]
+        self._source = self._source_of(policy)
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
         self._files = _state_files(self._engine)
@@ -203,7 +203,7 @@ class DeepSpeedRank:
         if partitioned:
             return PartitionedSource(policy.vlm)
         source = ModuleSource(policy.vlm)
-        if self._stage == 0 and self.rank == 0 and self.device.type == "cpu":
+        if self.rank == 0 and self.device.type == "cpu":
             source.lay_out()
         return source
 

@@ -102,9 +102,7 @@ class PartitionedSource(ModuleSource):
     def memory(self) -> Memory | None:
         return self._whole.memory()
 
-    def buckets(
-        self, bucket_bytes: int
-    ) -> Iterator[tuple[Sequence[WeightMeta], Iterable[Tensor]]]:
+    def buckets(self, bucket_bytes: int) -> Iterator[tuple[Sequence[WeightMeta], Iterable[Tensor]]]:
         """Where ranks share memory all are gathered at once, which takes each rank as long as
         copying its part: how rank 0 cuts buckets is then its own affair."""
         if not self._whole.share_memory:

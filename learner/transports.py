@@ -99,7 +99,7 @@ class GlooSender:
         digests: dict[str, str] = {}
         failure: Exception | None = None
         lane = self._lane
-        # Where the lane says otherwise nothing is gathered by the bucket: other ranks cut as they like.
+        # Where the lane says otherwise none gathers by the bucket: others need not cut as rank 0.
         bucket_bytes = lane.bucket_bytes if lane else self._plan.bucket_bytes
         leaving: list[Future[None]] = []
         with ThreadPoolExecutor(1, "medrl-send") as thread:

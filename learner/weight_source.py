@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from torch.nn import Module, Parameter
 
 from medrl.actors.common_memory import Memory
 from medrl.actors.types import WeightMeta
-from medrl.actors.wire import buffer_bytes, num_bytes, padded, split_buckets
+from medrl.actors.wire import padded, split_buckets
 
 Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
 
@@ -55,38 +54,40 @@ class ModuleSource:
         self._memory: Memory | None = None
 
     def lay_out(self) -> None:
-        """Move the parameters, on a CPU, to memory that engines of the same machine can map: what
-        they read is then what the optimiser writes, and no sync copies it. Where there is no such
-        memory, or other code moves them on, syncs copy as ever."""
-        if not all(parameter.is_contiguous() for parameter in self._parameters.values()):
-            return  # other ranks have them as they are, and are sent rank 0's bytes
+        """Move the parameters, on a CPU, to memory that engines of the same machine can map, and
+        have them sent in the order in which they lie there: what engines read is then what the
+        optimiser writes, and no sync copies it. Storages move as they are, so whoever else looks
+        into one (DeepSpeed, from ZeRO 1 on) goes on to. Where one is more, or other, than packed
+        parameters, or there is no such memory, all stay where they are and syncs copy."""
+        storages: dict[int, dict[str, Parameter]] = {}
+        for name, parameter in sorted(self._parameters.items(), key=_storage_offset):
+            storages.setdefault(parameter.untyped_storage().data_ptr(), {})[name] = parameter
+        if not all(_is_packed(parameters.values()) for parameters in storages.values()):
+            return
         with suppress(OSError, RuntimeError):
-            self._memory = Memory(buffer_bytes(self.metadata()))
-        for parameter, place in self._places():
-            parameter.data = place.copy_(parameter.data)
+            self._memory = Memory(sum(padded(p.nbytes) for p in self._parameters.values()))
+        if self._memory is None:
+            return
+        start = 0
+        for parameters in storages.values():
+            storage = next(iter(parameters.values())).untyped_storage()
+            place = self._memory.part(start, storage.nbytes())
+            place.untyped_storage().copy_(storage)
+            storage._swap_data_ptr_(place.untyped_storage())  # type: ignore[attr-defined]
+            start += padded(storage.nbytes())
+        self._parameters = {n: p for parameters in storages.values() for n, p in parameters.items()}
 
     def memory(self) -> Memory | None:
-        if any(parameter.data_ptr() != place.data_ptr() for parameter, place in self._places()):
-            self._memory = None
+        if self._memory is not None:
+            start = self._memory.part(0, 1).data_ptr()
+            for parameter in self._parameters.values():
+                if parameter.data_ptr() != start:
+                    self._memory = None
+                    break
+                start += padded(parameter.nbytes)
         return self._memory
 
-    def _places(self) -> Iterator[tuple[Parameter, torch.Tensor]]:
-        """Each parameter, and where it belongs in the memory: a tensor with a storage of its own.
-        None where there is no such memory."""
-        memory, start = self._memory, 0
-        if memory is None:
-            return
-        for meta in self.metadata():
-            part = memory.part(start, num_bytes(meta))
-            place = part.view(getattr(torch, meta.dtype)).view(meta.shape)
-            yield self._parameters[meta.name], place
-            start += padded(num_bytes(meta))
-
     def metadata(self) -> tuple[WeightMeta, ...]:
-        return self._metadata
-
-    @cached_property
-    def _metadata(self) -> tuple[WeightMeta, ...]:
         return tuple(
             WeightMeta(
                 name=name,
@@ -114,6 +115,22 @@ def side_by_side(named: Iterable[tuple[str, Parameter]]) -> dict[str, Parameter]
         for _, block in blocks
         for name, parameter in sorted(block, key=lambda one: len(_shape(one[1])) < 2)
     }
+
+
+def _storage_offset(named: tuple[str, Parameter]) -> int:
+    return int(named[1].storage_offset())
+
+
+def _is_packed(parameters: Iterable[Parameter]) -> bool:
+    """Whether `parameters`, by where they begin, fill their storage as they would a bucket."""
+    end = size = 0
+    for parameter in parameters:
+        begin = parameter.storage_offset() * parameter.itemsize
+        if begin != end or not parameter.is_contiguous():
+            return False
+        end += padded(parameter.nbytes)
+        size = parameter.untyped_storage().nbytes()
+    return padded(size) == end
 
 
 def _shape(parameter: Parameter) -> tuple[int, ...]:

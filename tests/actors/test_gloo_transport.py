@@ -220,8 +220,49 @@ def test_laying_weights_out_changes_none_of_them() -> None:
     assert not torch.equal(model.w1, untouched.w1)
 
 
+def flattened(*sizes: int, beyond: int = 0) -> tuple[nn.Module, torch.Tensor]:
+    """As DeepSpeed has parameters from ZeRO 1 on: parts of one tensor, which goes on `beyond`; its
+    order is not the module's."""
+    flat = torch.arange(float(sum(sizes) + beyond))
+    model = nn.Module()
+    model.register_parameter("lone", nn.Parameter(torch.randn(5)))
+    for number, part in reversed([*enumerate(torch.split(flat[: sum(sizes)], sizes))]):
+        model.register_parameter(f"w{number}", nn.Parameter(part))
+    return model, flat
+
+
+def test_weights_in_one_storage_move_together_and_are_sent_as_they_lie() -> None:
+    model, flat = flattened(16, 32, 7, beyond=1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    source = ModuleSource(model)
+    source.lay_out()
+    memory = source.memory()
+    assert memory is not None
+    names = [meta.name for meta in source.metadata()]
+    assert names == ["lone", "w0", "w1", "w2"]
+    flat += 1  # what DeepSpeed writes there reaches the parameters, and whoever maps the memory
+    lying = views(source.metadata(), memory.part(0, memory.size))
+    for name, value in zip(names, lying, strict=True):
+        assert torch.equal(value, model.get_parameter(name))
+        assert torch.equal(value, before[name] + (name != "lone"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "beyond"), [((15, 16), 0), ((16, 16), 16)], ids=["not aligned", "with more behind"]
+)
+def test_weights_that_lie_otherwise_than_in_a_bucket_stay_and_are_copied(
+    sizes: tuple[int, ...], beyond: int
+) -> None:
+    model, flat = flattened(*sizes, beyond=beyond)
+    source = ModuleSource(model)
+    weights = source.metadata()
+    source.lay_out()
+    assert source.memory() is None
+    assert source.metadata() == weights
+    assert model.w0.data_ptr() == flat.data_ptr()
+
+
 def test_weights_that_were_moved_on_are_copied() -> None:
-    """DeepSpeed has bfloat16 weights in buffers of its own."""
     model = module()
     source = ModuleSource(model)
     source.lay_out()

@@ -65,7 +65,7 @@ async def look(placement: Placement) -> None:
 
 async def placed_with_two_further_engines() -> Placement:
     config = PlacementConfig(engines="1..3", learners=1)
-    placement = Placement("cpu", config, "first", threads=1)  # type: ignore[arg-type]
+    placement = Placement("cpu", config, "first", cores=1)  # type: ignore[arg-type]
     placement.ranks_placed.set()
     for index in range(3):
         await placement.engine_options(index)

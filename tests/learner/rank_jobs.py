@@ -8,6 +8,8 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from medrl.actors.common_memory import Offer
 from medrl.actors.types import ScoredGroup
+from medrl.actors.wire import views
 from medrl.configs.errors import CheckpointError, LearnerError
 from medrl.learner.deepspeed_engine import DeepSpeedRank
 from medrl.learner.gathering import WholeOnFirst
@@ -53,6 +56,15 @@ class Tapped(DeepSpeedRank):
             for metas, tensors in self._source.buckets(2**20)
             for meta, tensor in zip(metas, () if self.rank else tensors, strict=not self.rank)
         }
+
+    def lying(self) -> dict[str, Tensor]:
+        """What engines of this machine read in rank 0's memory."""
+        memory = self._source.memory()
+        if memory is None:
+            return {}
+        metas = self.weights()
+        tensors = views(metas, memory.part(0, memory.size))
+        return {meta.name: one.clone() for meta, one in zip(metas, tensors, strict=True)}
 
 
 class Ranks:
@@ -139,7 +151,7 @@ def going_on(
         "resumed": rank.values(),
         "losses": [(a.loss, b.loss) for a, b in zip(metrics, again, strict=True)],
         "rates": [(a.learning_rate, b.learning_rate) for a, b in zip(metrics, again, strict=True)],
-        "laid out": rank._source.memory() is not None,
+        "lying": rank.lying(),
     }
 
 
@@ -168,8 +180,8 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
     named = dict(rank._policy.vlm.named_parameters())
     before = {name: p.data.data_ptr() for name, p in named.items()}
     gather: Any = rank._source.gather
-    ours, in_common = rank.values(), gather._slots is not None
-    gather._shares, gather._slots = False, None  # as on two machines
+    ours, in_common = rank.values(), gather.share_memory
+    gather._places = None  # as on two machines
     received = rank.values()
     after = {name: p.data.data_ptr() for name, p in named.items()}
     with rank._deepspeed.zero.GatheredParameters(list(named.values())):
@@ -183,21 +195,28 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
 
 
 def odd_parts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, Any]:
-    """Parameters that no number of ranks divides, in buckets that grow, and rank 0 is slow with
-    each. With `monkeypatch` the last rank is on another machine."""
+    """Parameters that no number of ranks divides, in buckets of all sizes. Rank 0 is slow with
+    each, the others with the second. With `monkeypatch` the last rank is on another machine, or
+    may have no such memory."""
     if monkeypatch and ranks.rank == ranks.world - 1:
         monkeypatch.setattr(Offer, "mapped", lambda offer, **access: None)
-    gather, same = WholeOnFirst(), []
-    for seed, sizes in enumerate([(3,), (7, 5), (1, 11), (501, 9), (3, 8), (501,), (499,), (2,)]):
-        generator = torch.Generator().manual_seed(seed)
-        wholes = [torch.randn(3, size, generator=generator).bfloat16() for size in sizes]
-        parameters = [partitioned(whole, ranks) for whole in wholes]
+        monkeypatch.setattr(os, "memfd_create", partial(os.open, flags=os.O_RDONLY))  # no such file
+    generator = torch.Generator().manual_seed(0)
+    buckets = [
+        [torch.randn(3, size, generator=generator).bfloat16() for size in sizes]
+        for sizes in [(3,), (7, 5), (1, 11), (501, 9), (3, 8), (501,), (499,), (2,)]
+    ]
+    parts = [[partitioned(whole, ranks) for whole in wholes] for wholes in buckets]
+    gather, same = WholeOnFirst(chain(*parts)), []
+    for number, (wholes, parameters) in enumerate(zip(buckets, parts, strict=True)):
+        if ranks.rank and number == 1:
+            time.sleep(0.5)
         with gather(parameters):
             if not ranks.rank:
                 time.sleep(0.05)
                 pairs = zip(parameters, wholes, strict=True)
                 same += [one.data.equal(whole) for one, whole in pairs]
-    return {"same": same, "in common": gather._slots is not None}
+    return {"same": same, "in common": gather.share_memory}
 
 
 def partitioned(whole: Tensor, ranks: Ranks) -> torch.nn.Parameter:
