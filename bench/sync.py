@@ -34,7 +34,7 @@ from medrl.configs.schema import (
 from medrl.data import phantoms
 from medrl.learner import tiny
 
-RANKS = {0: 1, 3: 2}  # learner ranks, by ZeRO stage: one alone would have nothing to gather
+RANKS = {0: 1, 2: 2, 3: 2}  # learner ranks, by ZeRO stage: one alone would have nothing to share
 LARGE: dict[str, Any] = {"hidden": 1024, "layers": 19, "vision_hidden": 256, "vision_layers": 6}
 """Of `learner.tiny.build`: 250 million parameters."""
 
@@ -74,15 +74,15 @@ MODELS = (
     Model(
         size="125 MB",
         folder=_make("medium", SIZES),
-        engines={0: (1, 2, 4), 3: (1, 2, 4)},
-        targets={0: 0.5, 3: 0.3},
+        engines={0: (1, 2, 4), 2: (1, 2, 4), 3: (1, 2, 4)},
+        targets={0: 0.5, 2: 0.5, 3: 0.3},
         apart=(1, 2),
     ),
     Model(
         size="1 GB",
         folder=_make("large", LARGE),
-        engines={3: (1,), 0: (1, 2)},  # two engines and two ranks do not fit into 24 GiB
-        targets={0: 0.65, 3: 0.4},
+        engines={0: (1, 2), 2: (1,), 3: (1,)},  # two engines and two ranks do not fit into 24 GiB
+        targets={0: 0.65, 2: 0.65, 3: 0.4},
     ),
 )
 
@@ -191,8 +191,8 @@ BENCHMARK = Benchmark(
         "Seconds to move a new version of all weights on one machine. Ours: a push as "
         "every step makes it, between real learner ranks and real engines, from the first call to "
         "the last answer, with digests on both sides. On one machine engines read the learner's "
-        "weights where they lie (ZeRO 0), or in memory in which it packs what it gathered "
-        "(ZeRO 3, over two ranks); `as between machines` both get broadcasts over gloo. "
+        "weights where they lie (ZeRO 0 to 2), or where its ranks put what they have of them "
+        "(ZeRO 3); `as between machines` both get broadcasts over gloo. "
         "Raw: a broadcast over gloo of one contiguous buffer of as many bytes, in pieces of "
         "64 MiB, to as many processes that do nothing with it. "
         "Before every push the learner makes a step that changes all tensors; and all of the raw "
