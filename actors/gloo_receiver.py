@@ -15,11 +15,11 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -163,16 +163,16 @@ class GlooReceiver(Receiver):
         lane = self._lane
         if lane is None:
             raise RuntimeError("receiving needs a transfer group")
-        buckets = list(split_buckets(update_info.weights, lane.bucket_bytes))
-        with ThreadPoolExecutor(1, "medrl-receive") as receiver:
-            taking = _taken(lane, buckets)
-            arriving = receiver.submit(next, taking)
-            for number, bucket in enumerate(buckets):
-                slot = arriving.result()
-                if number + 1 < len(buckets):
-                    arriving = receiver.submit(next, taking)
-                names = [meta.name for meta in bucket]
-                self.load(list(zip(names, views(bucket, slot), strict=True)))
+        with ThreadPoolExecutor(1, "medrl-receive") as thread:
+            slots = list(_slots(lane, update_info.weights))
+            arriving = thread.submit(_take, lane, slots[0])
+            for slot, ahead in zip(slots, [*slots[1:], None], strict=True):
+                names = [meta.name for meta in slot.bucket]
+                weights = list(zip(names, views(slot.bucket, slot.memory), strict=True))
+                arriving.result()
+                if ahead:
+                    arriving = thread.submit(_take, lane, ahead)
+                self.load(weights)
 
     def shutdown(self) -> None:
         if self._lane is not None:
@@ -180,14 +180,24 @@ class GlooReceiver(Receiver):
             self._lane = None
 
 
-def _taken(lane: Lane, buckets: Iterable[Sequence[WeightMeta]]) -> Iterator[torch.Tensor]:
-    """Where each bucket lies, once it is there."""
+class Slot(NamedTuple):
+    """Where a bucket comes to lie."""
+
+    number: int
+    bucket: Sequence[WeightMeta]
+    memory: torch.Tensor  # uint8
+
+
+def _slots(lane: Lane, weights: Sequence[WeightMeta]) -> Iterator[Slot]:
     start = 0
-    for number, bucket in enumerate(buckets):
-        slot = lane.slot(number, start, buffer_bytes(bucket))
-        try:
-            lane.pass_on(slot)
-        except RuntimeError as error:
-            raise RuntimeError(f"bucket {number} from the learner: {error}") from error
-        yield slot
-        start += slot.numel()
+    for number, bucket in enumerate(split_buckets(weights, lane.bucket_bytes)):
+        memory = lane.slot(number, start, buffer_bytes(bucket))
+        yield Slot(number, bucket, memory)
+        start += memory.numel()
+
+
+def _take(lane: Lane, slot: Slot) -> None:
+    try:
+        lane.pass_on(slot.memory)
+    except RuntimeError as error:
+        raise RuntimeError(f"bucket {slot.number} from the learner: {error}") from error

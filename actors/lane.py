@@ -29,8 +29,8 @@ _BESIDE = 2  # threads: gloo's, and one of the other end's
 
 class Lane:
     """An open group. The others get what rank 0 passes on, in its order. Rank 0 may begin to send
-    anew, or change its weights, once all others are done with what they got last: where memory is
-    common it writes there.
+    anew, or the learner change its weights, once all others are done with what they got last: where
+    memory is common that writes there.
 
     Whatever takes longer than `timeout_s` raises `RuntimeError`: each step of joining, and passing
     on."""

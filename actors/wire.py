@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 
 from medrl.actors.types import WeightMeta
 
-ALIGNMENT = 64  # bytes: any element type may start there
+ALIGNMENT = 8  # bytes: any element type may start there
 
 
 def num_bytes(meta: WeightMeta) -> int:
@@ -127,3 +128,17 @@ def decode_ipc_handle(encoded: Sequence[Any]) -> tuple[Any, ...]:
 def padded(size: int) -> int:
     """`size` bytes and the room to the next tensor."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def starts(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of `sizes` bytes begin in a bucket, and where it ends."""
+    return [*accumulate(map(padded, sizes), initial=0)]
+
+
+def lie_packed(tensors: Sequence[torch.Tensor], address: int) -> bool:
+    """Whether they lie at `address` as a bucket of them would."""
+    begins = starts(tensor.nbytes for tensor in tensors)
+    return all(
+        tensor.data_ptr() == address + begin and tensor.is_contiguous()
+        for tensor, begin in zip(tensors, begins, strict=False)
+    )

@@ -46,19 +46,10 @@ class Placement:
     device: Literal["cpu", "gpu"]
     config: PlacementConfig
     group: PlacementGroup
-    cores: int  # a machine's, shared by ranks and shared by engines: the two mostly take turns
+    rank_threads: int  # compute threads of a learner rank on CPUs
+    engine_threads: int  # of an engine
     further: dict[int, PlacementGroup] = field(default_factory=dict)  # by index of engine
     ranks_placed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def rank_threads(self) -> int:
-        """Compute threads of a learner rank on CPUs."""
-        return max(1, self.cores // self.config.learners)
-
-    @property
-    def engine_threads(self) -> int:
-        """Compute threads of an engine on CPUs."""
-        return max(1, self.cores // self.config.max_engines)
 
     def rank_options(self, rank: int) -> dict[str, Any]:
         gpus = 0.5 if self.config.colocate else 1
@@ -179,15 +170,25 @@ def _end(family: Iterable[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=GRACE_S)
 
 
+def threads(config: Config, cores: int) -> tuple[int, int]:
+    """Of a rank and of an engine, on CPUs. Ranks and engines take turns at `cores`, unless engines
+    sample ahead."""
+    if config.run.deterministic:
+        return 1, 1  # the last digits of a sum follow from how many threads made it
+    ranks, engines = config.placement.learners, config.placement.max_engines
+    if config.rollout.staleness:
+        ranks = engines = max(ranks, engines)
+    return max(1, cores // ranks), max(1, cores // engines)
+
+
 @asynccontextmanager
 async def placed(config: Config) -> AsyncIterator[Placement]:
     """Hold the run's resources for the block. Raises `PlacementError` past the deadline."""
     layout = config.placement
     device = choose_device(layout)
     group = await _claim(layout, needed_bundles(layout, device))
-    # The last digits of a sum follow from how many threads made it, and those from the layout.
-    cores = 1 if config.run.deterministic else os.cpu_count() or 1
-    placement = Placement(device, layout, group, cores=cores)
+    ranks, engines = threads(config, os.cpu_count() or 1)
+    placement = Placement(device, layout, group, rank_threads=ranks, engine_threads=engines)
     yielding = asyncio.create_task(placement.yield_room())
     try:
         yield placement

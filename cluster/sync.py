@@ -39,8 +39,8 @@ from medrl.learner.learner import Learner
 
 BUCKET_BYTES = {"gloo": 32 * 1024**2, "nccl": 512 * 1024**2, "ipc": 512 * 1024**2}
 """What is gathered and sent at a time. A CPU engine loads one bucket while the next arrives: of 4,
-8, 16 and 32 MiB, the last was fastest for a 125 MB model. Weights that engines read where the
-learner trains them (`Lane`) are one bucket. Kernels on GPUs want more."""
+8, 16 and 32 MiB, the last was fastest for a 125 MB model. Weights that engines read in memory
+of the learner's (`Lane`) are one bucket. Kernels on GPUs want more."""
 
 MAX_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Largest |engine - learner| log-prob allowed on the canary, nats, by the weights' type. In float32

@@ -83,7 +83,7 @@ class DeepSpeedRank:
         self._engine = self._deepspeed.initialize(
             model=policy, optimizer=adamw(policy, settings.learner), config=zero_config(settings)
         )[0]
-        self._source = self._source_of(policy)
+        self._source = self._source_of(policy)  # now that the weights lie where DeepSpeed has them
         self._reference = self._load_reference() if settings.learner.kl_coefficient else None
         self._policy = policy
         self._files = _state_files(self._engine)

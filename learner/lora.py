@@ -88,9 +88,6 @@ class MergedSource(ModuleSource):
             if _ADAPTER not in name
         )
 
-    def lay_out(self) -> None:
-        """Nothing: what is sent is merged, and lies nowhere before."""
-
     def buckets(self, bucket_bytes: int) -> Iterator[tuple[Sequence[WeightMeta], Iterable[Tensor]]]:
         for bucket in split_buckets(self.metadata(), bucket_bytes):
             names = [meta.name for meta in bucket]

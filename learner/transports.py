@@ -8,14 +8,15 @@ the rank on the engine's GPU) is the one whose bytes leave.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 
 from medrl.actors.lane import Lane, threads_spared
-from medrl.actors.types import Sent, SyncPlan
-from medrl.actors.wire import buffer_bytes, digest, num_bytes, split_buckets, views
+from medrl.actors.types import Sent, SyncPlan, WeightMeta
+from medrl.actors.wire import buffer_bytes, digest, lie_packed, num_bytes, split_buckets, views
 from medrl.configs.errors import WeightSyncError
 from medrl.learner.weight_source import WeightSource
 
@@ -62,7 +63,6 @@ class GlooSender:
         self._plan = plan
         self._source = source
         self._lane: Lane | None = None  # rank 0 alone has one
-        weights = source.memory()
         if rank:
             return
         buckets = split_buckets(source.metadata(), plan.bucket_bytes)
@@ -75,7 +75,7 @@ class GlooSender:
                 plan.timeout_s,
                 plan.bucket_bytes,
                 slot_bytes=max(map(buffer_bytes, buckets)),
-                weights=weights,
+                weights=source.memory(),
                 share_memory=plan.share_memory,
             )
         except RuntimeError as error:
@@ -112,9 +112,8 @@ class GlooSender:
                     slot = lane.slot(number, start, buffer_bytes(bucket))
                     start += slot.numel()
                     wholes = list(tensors)
-                    for tensor, view in zip(wholes, views(bucket, slot), strict=True):
-                        if tensor.data_ptr() != view.data_ptr():
-                            view.copy_(tensor)
+                    if not lie_packed(wholes, slot.data_ptr()):
+                        _copy(wholes, bucket, slot)
                     leaving.append(thread.submit(self._pass_on, lane, number, slot))
                     for meta, tensor in zip(bucket, wholes, strict=True):
                         digests[meta.name] = digest(tensor)
@@ -138,3 +137,12 @@ class GlooSender:
                 f"sync: sending bucket {number} to {self._plan.world_size - 1} engine(s) failed: "
                 f"{error}"
             ) from error
+
+
+def _copy(
+    tensors: Iterable[torch.Tensor], bucket: Sequence[WeightMeta], slot: torch.Tensor
+) -> None:
+    """Into the slot, but for those that lie there."""
+    for tensor, place in zip(tensors, views(bucket, slot), strict=True):
+        if tensor.data_ptr() != place.data_ptr():
+            place.copy_(tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Protocol
 
 import torch
@@ -16,13 +16,13 @@ from torch.nn import Module, Parameter
 
 from medrl.actors.common_memory import Memory
 from medrl.actors.types import WeightMeta
-from medrl.actors.wire import padded, split_buckets
+from medrl.actors.wire import lie_packed, padded, split_buckets, starts
 
 Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
 
 
 class WeightSource(Protocol):
-    """What a sender sends. Iterating is a collective: every rank does, in the same order."""
+    """What a sender sends. Iterating is a collective where it gathers: every rank does."""
 
     def metadata(self) -> tuple[WeightMeta, ...]:
         """Every tensor, in order; no collective."""
@@ -37,15 +37,15 @@ class WeightSource(Protocol):
 
     def memory(self) -> Memory | None:
         """In which the tensors that `buckets` yields lie, as packed buckets do; None where they do
-        not, and on other ranks than 0. A collective."""
+        not, and on ranks other than 0."""
         ...
 
 
 class ModuleSource:
-    """A `WeightSource` over a module under any ZeRO stage.
+    """A `WeightSource` over a module.
 
-    `gather` makes parameters whole for a block, under ZeRO 3 (`gathering.WholeOnFirst`), a bucket
-    of them in one call. The default is for whole parameters.
+    `gather` makes parameters whole for a block, a bucket of them in one call. The default is for
+    whole parameters; ZeRO 3 has another (`gathering`).
     """
 
     def __init__(self, module: Module, gather: Gather | None = None) -> None:
@@ -57,34 +57,31 @@ class ModuleSource:
         """Move the parameters, on a CPU, to memory that engines of the same machine can map, and
         have them sent in the order in which they lie there: what engines read is then what the
         optimiser writes, and no sync copies it. Storages move as they are, so whoever else looks
-        into one (DeepSpeed, from ZeRO 1 on) goes on to. Where one is more, or other, than packed
-        parameters, or there is no such memory, all stay where they are and syncs copy."""
-        storages: dict[int, dict[str, Parameter]] = {}
+        into one (DeepSpeed, from ZeRO 1 on, once it has its own) goes on to. Where one is more, or
+        other, than packed parameters, all stay where they are and syncs copy: DeepSpeed pads its
+        own for the number of ranks, which tells at 3, 5, 6 and 7. So they do where there is no
+        such memory."""
+        storages: dict[int, list[tuple[str, Parameter]]] = {}
         for name, parameter in sorted(self._parameters.items(), key=_storage_offset):
-            storages.setdefault(parameter.untyped_storage().data_ptr(), {})[name] = parameter
-        if not all(_is_packed(parameters.values()) for parameters in storages.values()):
+            storages.setdefault(parameter.untyped_storage()._cdata, []).append((name, parameter))
+        if not all(_fill_a_storage([p for _, p in named]) for named in storages.values()):
             return
+        moving = [named[0][1].untyped_storage() for named in storages.values()]
+        *begins, size = starts(storage.nbytes() for storage in moving)
         with suppress(OSError, RuntimeError):
-            self._memory = Memory(sum(padded(p.nbytes) for p in self._parameters.values()))
+            self._memory = Memory(size)
         if self._memory is None:
             return
-        start = 0
-        for parameters in storages.values():
-            storage = next(iter(parameters.values())).untyped_storage()
-            place = self._memory.part(start, storage.nbytes())
-            place.untyped_storage().copy_(storage)
-            storage._swap_data_ptr_(place.untyped_storage())  # type: ignore[attr-defined]
-            start += padded(storage.nbytes())
-        self._parameters = {n: p for parameters in storages.values() for n, p in parameters.items()}
+        for storage, begin in zip(moving, begins, strict=True):
+            place = self._memory.part(begin, storage.nbytes()).untyped_storage()
+            place.copy_(storage)
+            storage._swap_data_ptr_(place)  # type: ignore[attr-defined]
+        self._parameters = dict(chain.from_iterable(storages.values()))
 
     def memory(self) -> Memory | None:
-        if self._memory is not None:
-            start = self._memory.part(0, 1).data_ptr()
-            for parameter in self._parameters.values():
-                if parameter.data_ptr() != start:
-                    self._memory = None
-                    break
-                start += padded(parameter.nbytes)
+        memory = self._memory
+        if memory and not lie_packed([*self._parameters.values()], memory.part(0, 1).data_ptr()):
+            self._memory = None
         return self._memory
 
     def metadata(self) -> tuple[WeightMeta, ...]:
@@ -121,16 +118,11 @@ def _storage_offset(named: tuple[str, Parameter]) -> int:
     return int(named[1].storage_offset())
 
 
-def _is_packed(parameters: Iterable[Parameter]) -> bool:
-    """Whether `parameters`, by where they begin, fill their storage as they would a bucket."""
-    end = size = 0
-    for parameter in parameters:
-        begin = parameter.storage_offset() * parameter.itemsize
-        if begin != end or not parameter.is_contiguous():
-            return False
-        end += padded(parameter.nbytes)
-        size = parameter.untyped_storage().nbytes()
-    return padded(size) == end
+def _fill_a_storage(parameters: Sequence[Parameter]) -> bool:
+    """Whether `parameters`, of one storage and by where they begin, fill it as they do a bucket."""
+    storage = parameters[0].untyped_storage()
+    end = starts(parameter.nbytes for parameter in parameters)[-1]
+    return lie_packed(parameters, storage.data_ptr()) and padded(storage.nbytes()) == end
 
 
 def _shape(parameter: Parameter) -> tuple[int, ...]:

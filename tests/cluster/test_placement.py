@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
-from medrl.cluster.placement import Placement, missing, needed_bundles, wanted
-from medrl.configs.schema import PlacementConfig
+from medrl.cluster.placement import Placement, missing, needed_bundles, threads, wanted
+from medrl.configs.schema import (
+    Config,
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    PlacementConfig,
+    RolloutConfig,
+    RunConfig,
+)
 
 
 def test_ranks_come_first_and_engines_take_as_many_gpus_as_they_say() -> None:
@@ -29,6 +37,26 @@ def test_on_cpus_no_gpu_is_asked_for() -> None:
 def test_a_run_waits_for_the_fewest_engines_only() -> None:
     config = PlacementConfig(engines="2..8", learners=3, cpus_per_process=2.0)
     assert needed_bundles(config, "cpu") == [{"CPU": 2.0}] * 5
+
+
+@pytest.mark.parametrize(
+    ("staleness", "deterministic", "expected"),
+    [(0, False, (4, 2)), (1, False, (2, 2)), (0, True, (1, 1))],
+    ids=["in turns", "at once", "the same digits on any layout"],
+)
+def test_ranks_and_engines_share_a_machines_cores(
+    staleness: int, deterministic: bool, expected: tuple[int, int]
+) -> None:
+    config = Config(
+        run=RunConfig(name="x", deterministic=deterministic),
+        model=ModelConfig(path="starter"),
+        data=DataConfig(train="data"),
+        rollout=RolloutConfig(staleness=staleness),
+        learner=LearnerConfig(importance_cap=2.0),
+        placement=PlacementConfig(engines="1..4", learners=2),
+    )
+    assert threads(config, cores=8) == expected
+    assert threads(config, cores=1) == (1, 1)
 
 
 class FakeRay:
@@ -65,7 +93,7 @@ async def look(placement: Placement) -> None:
 
 async def placed_with_two_further_engines() -> Placement:
     config = PlacementConfig(engines="1..3", learners=1)
-    placement = Placement("cpu", config, "first", cores=1)  # type: ignore[arg-type]
+    placement = Placement("cpu", config, "first", rank_threads=1, engine_threads=1)  # type: ignore[arg-type]
     placement.ranks_placed.set()
     for index in range(3):
         await placement.engine_options(index)

@@ -123,6 +123,14 @@ def all_truncated(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def frozen_tower_lying(ranks: Ranks) -> bool:
+    """Whether engines read what a step made, of DeepSpeed's buffers and what is frozen beside."""
+    rank = ranks.make(zero_stage=2, freeze_vision=True, learning_rate=1e-2)
+    rank.update(mixed_batch(rank._reader))
+    lying, values = rank.lying(), rank.values()
+    return lying.keys() == values.keys() and all(map(torch.equal, lying.values(), values.values()))
+
+
 def frozen_tower(ranks: Ranks) -> dict[str, Any]:
     rank = ranks.make(zero_stage=3, freeze_vision=True)
     before = rank.values()
@@ -180,8 +188,8 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
     named = dict(rank._policy.vlm.named_parameters())
     before = {name: p.data.data_ptr() for name, p in named.items()}
     gather: Any = rank._source.gather
-    ours, in_common = rank.values(), gather.share_memory
-    gather._places = None  # as on two machines
+    ours, in_common = rank.values(), gather.shares_memory
+    gather.shares_memory = False  # as on two machines
     received = rank.values()
     after = {name: p.data.data_ptr() for name, p in named.items()}
     with rank._deepspeed.zero.GatheredParameters(list(named.values())):
@@ -195,8 +203,8 @@ def gathered(ranks: Ranks) -> dict[str, Any]:
 
 
 def odd_parts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, Any]:
-    """Parameters that no number of ranks divides, in buckets of all sizes. Rank 0 is slow with
-    each, the others with the second. With `monkeypatch` the last rank is on another machine, or
+    """Parameters that no number of ranks divides, in buckets of all sizes, twice. Rank 0 is slow
+    with each, the others with the first. With `monkeypatch` the last rank is on another machine, or
     may have no such memory."""
     if monkeypatch and ranks.rank == ranks.world - 1:
         monkeypatch.setattr(Offer, "mapped", lambda offer, **access: None)
@@ -208,15 +216,15 @@ def odd_parts(ranks: Ranks, monkeypatch: pytest.MonkeyPatch | None = None) -> di
     ]
     parts = [[partitioned(whole, ranks) for whole in wholes] for wholes in buckets]
     gather, same = WholeOnFirst(chain(*parts)), []
-    for number, (wholes, parameters) in enumerate(zip(buckets, parts, strict=True)):
-        if ranks.rank and number == 1:
+    for number, (wholes, parameters) in enumerate(2 * [*zip(buckets, parts, strict=True)]):
+        if ranks.rank and number == 0:
             time.sleep(0.5)
         with gather(parameters):
             if not ranks.rank:
                 time.sleep(0.05)
                 pairs = zip(parameters, wholes, strict=True)
                 same += [one.data.equal(whole) for one, whole in pairs]
-    return {"same": same, "in common": gather.share_memory}
+    return {"same": same, "in common": gather.shares_memory}
 
 
 def partitioned(whole: Tensor, ranks: Ranks) -> torch.nn.Parameter:
@@ -302,6 +310,7 @@ def all_jobs(ranks: Ranks, out: Path) -> dict[str, Any]:
     results["one group"] = gradients(ranks, groups=1, zero_stage=3)
     results["all truncated"] = all_truncated(ranks)
     results["frozen tower"] = frozen_tower(ranks)
+    results["frozen tower, lying"] = frozen_tower_lying(ranks)
     for stage, dtype in GOING_ON:
         folder = out / f"stage{stage}{dtype}"
         folder.mkdir(exist_ok=True)

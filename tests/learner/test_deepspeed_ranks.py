@@ -137,6 +137,12 @@ def test_weights_lie_where_engines_can_read_them(
         assert torch.equal(found["lying"][name], want), name
 
 
+def test_frozen_weights_lie_beside_those_that_deepspeed_has_in_one_piece(
+    results: dict[int, dict[str, Any]],
+) -> None:
+    assert results[2]["frozen tower, lying"]
+
+
 def test_a_checkpoint_of_another_stage_is_refused(results: dict[int, dict[str, Any]]) -> None:
     assert "zero_stage = 2, this run 3" in results[2]["other run"]
 
@@ -174,7 +180,7 @@ def test_rank_0_gets_whole_what_other_ranks_write_ahead_of_it(
 ) -> None:
     together, apart = results[world]["odd parts"], results[world]["odd parts apart"]
     assert (together["in common"], apart["in common"]) == (True, False)
-    assert len(together["same"]) == len(apart["same"]) == 12
+    assert len(together["same"]) == len(apart["same"]) == 24
     assert all(together["same"])
     assert all(apart["same"])
 
