@@ -47,6 +47,7 @@ OWNERS = {  # heavy library -> files that may import it, at any depth
         "actors/vllm_start.py",
         "actors/gloo_receiver.py",
         "actors/loaders.py",
+        "actors/copy_plan.py",
         "actors/gpu_receivers.py",
         "learner/gpu_senders.py",
     },

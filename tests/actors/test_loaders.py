@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from medrl.actors.loaders import Copy, Part, Place, PlannedLoader, _dealt, record
+from medrl.actors.copy_plan import Copy, Part, Place, record
+from medrl.actors.loaders import PlannedLoader, _dealt
 from medrl.actors.types import WeightMeta
 
 pytestmark = pytest.mark.engines
